@@ -1,0 +1,224 @@
+"""The multi-scale residual VQ tokenizer of VAR (2404.02905, section 3.2 and algorithms 1 and 2).
+
+An image becomes K token maps, coarse to fine, each quantising what the scales before it left over. The quantiser
+works in float32 whatever the dtype of the network. Knows nothing of transformers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from vgen.tokenizers.backbone import Decoder, Encoder, grey
+from vgen.tokenizers.codebook import Codebook
+from vgen.types import SettingError
+
+
+def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
+    """Which of the shared residual convolutions serves a scale.
+
+    The nearest of `num_phi` ticks to scale / (K - 1), the first of two equally near. For K = 10 two scales are exact
+    ties in real arithmetic; float64 rounding, which the published checkpoints were trained with, decides them.
+    """
+    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    return int(np.abs(ticks - scale / max(num_scales - 1, 1)).argmin())
+
+
+class MultiScaleVQ(ModelMixin, ConfigMixin):
+    """Images to K token maps and back.
+
+    Args:
+        scales: side of the square token map at each scale, strictly increasing; the last is the latent's side.
+        vocab_size: number of codes, V.
+        code_dim: width of a code, C.
+        image_channels: 3, or 1 for grey images; `encode` takes and `decode` gives (B, 3, S, S) in either case.
+        base_channels: width of the convolutions at full resolution.
+        channel_multipliers: width at each resolution relative to `base_channels`; S = last scale * 2 ** (levels - 1).
+        blocks: residual blocks per resolution in the encoder; the decoder has one more.
+        attention_levels: resolutions (0 is the highest) with attention after each residual block.
+        norm_groups: groups of the group norms.
+        num_phi: residual convolutions shared by the scales.
+        phi_ratio: weight of a residual convolution against the identity.
+    """
+
+    _keep_in_fp32_modules = ("codebook", "phi")
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        scales: Sequence[int],
+        vocab_size: int,
+        code_dim: int,
+        image_channels: int = 3,
+        base_channels: int = 160,
+        channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        attention_levels: Sequence[int] = (4,),
+        norm_groups: int = 32,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check_scales(scales)
+        self.scales = tuple(scales)
+        self.image_size = self.scales[-1] * 2 ** (len(channel_multipliers) - 1)
+        self.phi_ratio = phi_ratio
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.encoder = Encoder(image_channels, code_dim, widths, blocks, attention_levels, norm_groups)
+        self.decoder = Decoder(image_channels, code_dim, widths, blocks, attention_levels, norm_groups)
+        self.quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.codebook = Codebook(vocab_size, code_dim, sites=len(self.scales))
+        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi))
+
+    @property
+    def code_vectors(self) -> Tensor:
+        """All code vectors (V, C), float32."""
+        return self.codebook.weight.float()
+
+    # ---- images and latents
+
+    def encode_latent(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] (one channel will do for a grey tokenizer) -> latent (B, C, H, W) float32."""
+        size, channels = self.image_size, self.config.image_channels
+        if images.ndim != 4 or images.shape[-2:] != (size, size) or images.shape[1] not in (3, channels):
+            raise SettingError(
+                f"images have shape {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size}): resize or crop"
+            )
+        images = grey(images) if channels == 1 and images.shape[1] == 3 else images
+        weight = self.quant_conv.weight
+        return self.quant_conv(self.encoder(images.to(weight.device, weight.dtype))).float()
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Latent (B, C, H, W) -> images (B, 3, S, S) float32, clamped to [-1, 1]."""
+        return self.reconstruct(latent).float().clamp(-1, 1).expand(-1, 3, -1, -1)
+
+    def reconstruct(self, latent: Tensor) -> Tensor:
+        """Latent (B, C, H, W) -> images in the network's own channels, dtype and range: what training compares."""
+        return self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)))
+
+    # ---- images and tokens
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, S, S) in [-1, 1] -> tokens, one (B, n_k) int64 per scale in raster order."""
+        target = self.encode_latent(images)
+        latent, tokens = torch.zeros_like(target), []
+        for k in range(len(self.scales)):
+            tokens.append(self.quantize_scale(target - latent, k))
+            latent = self.add_scale(latent, self.embed(tokens[-1]), k)
+        return tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Tokens of all scales, or of the first few -> images (B, 3, S, S) in [-1, 1]."""
+        return self.decode_latent(self.latent(tokens))
+
+    def latent(self, prefix: Sequence[Tensor]) -> Tensor:
+        """Sum of the given scales, coarse to fine: list of (B, n_k) -> (B, C, H, W) float32."""
+        self._check_tokens(prefix)
+        latent = self.new_latent(len(prefix[0]))
+        for k, tokens in enumerate(prefix):
+            latent = self.add_scale(latent, self.embed(tokens), k)
+        return latent
+
+    def context(self, prefix: Sequence[Tensor]) -> Tensor:
+        """What a generator reads to predict the scales after the first, up to the one that follows `prefix`.
+
+        For k given scales (B, n_0 ... n_{k-1}) the rows of scales 1..k one after another: (B, n_1 + ... + n_k, C).
+        The last scale has no successor, so all K scales give the teacher-forced input of training.
+        """
+        self._check_tokens(prefix)
+        latent, rows = self.new_latent(len(prefix[0])), []
+        for k, tokens in enumerate(prefix[: len(self.scales) - 1]):
+            latent = self.add_scale(latent, self.embed(tokens), k)
+            rows.append(self.read_scale(latent, k + 1))
+        return torch.cat(rows, dim=1)
+
+    # ---- one scale at a time (vgen.types.NextScaleTokenizer)
+
+    def new_latent(self, batch: int) -> Tensor:
+        """The latent before the first scale: zeros (B, C, H, W) float32."""
+        side, weight = self.scales[-1], self.codebook.weight
+        return torch.zeros(batch, weight.shape[1], side, side, device=weight.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Code vectors (B, n, C) float32 of tokens (B, n)."""
+        return self.codebook.lookup(tokens).float()
+
+    def quantize_scale(self, residual: Tensor, scale: int) -> Tensor:
+        """Nearest codes of a residual (B, C, H, W), averaged over the cells of one scale: (B, n_k) int64."""
+        return self.codebook.nearest(self._resize_down(residual, scale))
+
+    def add_scale(self, latent: Tensor, codes: Tensor, scale: int) -> Tensor:
+        """The latent after adding scale number `scale`, given its code vectors (B, n_k, C)."""
+        side, full = self.scales[scale], self.scales[-1]
+        grid = codes.transpose(1, 2).reshape(len(codes), -1, side, side)
+        if side != full:
+            grid = F.interpolate(grid, size=(full, full), mode="bicubic")
+        phi = self.phi[phi_index(scale, len(self.scales), len(self.phi))]
+        with torch.autocast(grid.device.type, enabled=False):
+            smoothed = F.conv2d(grid, phi.weight.float(), phi.bias.float(), padding=1)
+        return latent + grid * (1 - self.phi_ratio) + smoothed * self.phi_ratio
+
+    def read_scale(self, latent: Tensor, scale: int) -> Tensor:
+        """The latent averaged over the cells of scale number `scale`, in raster order: (B, n_k, C)."""
+        return self._resize_down(latent, scale)
+
+    def _resize_down(self, grid: Tensor, scale: int) -> Tensor:
+        side = self.scales[scale]
+        if side != self.scales[-1]:
+            grid = F.adaptive_avg_pool2d(grid, side)
+        return grid.flatten(2).transpose(1, 2)
+
+    def _check_tokens(self, tokens: Sequence[Tensor]) -> None:
+        shapes = [tuple(item.shape) for item in tokens]
+        wanted = [side * side for side in self.scales[: len(tokens)]]
+        if not tokens or [shape[-1] for shape in shapes] != wanted:
+            raise SettingError(
+                f"tokens have shapes {shapes}, expected (B, n_k) with n_k from {[side**2 for side in self.scales]}"
+            )
+        for item in tokens:
+            if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < self.config.vocab_size:
+                raise SettingError(f"tokens must lie in 0..{self.config.vocab_size - 1}, found {int(item.max())}")
+
+    # ---- training
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Images in [-1, 1] -> (reconstruction, quantiser loss per unit of commitment weight, residuals per scale).
+
+        The quantiser loss stacks its two terms, averaged over the scales: [codebook, commitment]. Gradients reach
+        the encoder straight through the quantiser. Residuals (N_k, C) are the vectors that were quantised, for
+        restarts of dead codes. Counts usage in training mode.
+        """
+        target = self.encode_latent(images)
+        with torch.autocast(target.device.type, enabled=False):
+            latent, losses, residuals = self._quantize(target)
+            straight_through = target + (latent - target).detach()
+        return self.reconstruct(straight_through), torch.stack(losses).mean(0), residuals
+
+    def _quantize(self, target: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        latent = torch.zeros_like(target)
+        losses, residuals = [], []
+        fixed = target.detach()
+        for k in range(len(self.scales)):
+            vectors = self._resize_down(fixed - latent.detach(), k)
+            tokens = self.codebook.nearest(vectors)
+            if self.training:
+                self.codebook.count(tokens, k)
+            latent = self.add_scale(latent, self.embed(tokens), k)
+            losses.append(torch.stack([F.mse_loss(latent, fixed), F.mse_loss(target, latent.detach())]))
+            residuals.append(vectors.flatten(0, 1))
+        return latent, losses, residuals
+
+
+def check_scales(scales: Sequence[int]) -> None:
+    """Raise SettingError unless scales are positive and strictly increasing."""
+    if not scales or list(scales) != sorted(set(scales)) or scales[0] < 1:
+        raise SettingError(f"scales must be positive and strictly increasing, got {list(scales)}")

@@ -1,0 +1,148 @@
+"""Images to train on: torchvision's MNIST and Fashion-MNIST, or any folder of class folders.
+
+Every source gives uint8 batches by index, so that a training step depends on (seed, step) alone.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgen.types import SettingError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+BUILT_IN = {"fashion-mnist": ("FashionMNIST", FASHION), "mnist": ("MNIST", [str(digit) for digit in range(10)])}
+
+
+class ImageSource(Protocol):
+    """A labelled set of square images of one size."""
+
+    labels: Tensor  # (N,) int64
+    class_names: list[str]
+
+    def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
+        """Images (B, C, S, S) uint8; with `crop_seed` a random crop where the source has room for one."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Small images held in memory: pixels (N, C, S, S) uint8."""
+
+    pixels: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+    def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
+        return self.pixels[torch.as_tensor(indices)]
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files on disk: the shorter side is resized (Lanczos), then cropped to a square (VAR's recipe)."""
+
+    paths: list[Path]
+    labels: Tensor
+    class_names: list[str]
+    size: int
+    channels: int
+    enlarge: float = 1.125  # shorter side before a random crop, relative to the crop
+
+    def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
+        return torch.stack([self._image(int(index), crop_seed) for index in indices])
+
+    def _image(self, index: int, crop_seed: int | None) -> Tensor:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("L" if self.channels == 1 else "RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise SettingError(f"cannot read the image {path} ({error}): mend or remove it") from error
+        shorter = self.size if crop_seed is None else round(self.size * self.enlarge)
+        ratio = shorter / min(image.size)
+        width, height = (max(self.size, round(side * ratio)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        if crop_seed is not None:
+            rng = np.random.default_rng([crop_seed, index])
+            left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
+        image = image.crop((int(left), int(top), int(left) + self.size, int(top) + self.size))
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """Where data sets lie: the argument, else $VGEN_DATA, else ~/.cache/vgen/data."""
+    return Path(root or os.environ.get("VGEN_DATA") or Path.home() / ".cache" / "vgen" / "data").expanduser()
+
+
+def open_source(name: str, split: str, size: int, channels: int, root: str | Path | None = None) -> ImageSource:
+    """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
+
+    The two data sets are downloaded into `root` when they are not there. A folder is its own train split unless it
+    holds the folders train/ and test/; raises SettingError where nothing can be trained on.
+    """
+    if name in BUILT_IN:
+        return _open_torchvision(name, split, size, channels, data_root(root))
+    return _open_folder(Path(name).expanduser(), split, size, channels)
+
+
+def _open_torchvision(name: str, split: str, size: int, channels: int, root: Path) -> MemorySource:
+    from torchvision import datasets  # slow to import, and not needed for folders
+
+    class_name, class_names = BUILT_IN[name]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass  # a read-only place is fine where the files are there already
+    try:
+        found = getattr(datasets, class_name)(root, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise SettingError(
+            f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files there, "
+            "or name another folder with --data-root or VGEN_DATA"
+        ) from error
+    pixels = found.data[:, None]
+    if pixels.shape[-1] != size:
+        resized = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+        pixels = resized.round().clamp(0, 255).to(torch.uint8)
+    return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), class_names)
+
+
+def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSource:
+    if not folder.is_dir():
+        raise SettingError(
+            f"data {str(folder)!r} is neither a folder nor one of {', '.join(BUILT_IN)}: give one of these"
+        )
+    if (folder / "train").is_dir():
+        folder = folder / split
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [
+        (path, label)
+        for label, entry in enumerate(classes)
+        for path in sorted(entry.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise SettingError(
+            f"no images in {folder}: expected one folder per class with files like {folder / 'cats' / '1.png'}"
+        )
+    names = [entry.name for entry in classes]
+    return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
+
+
+def to_model_range(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return pixels.float().div(127.5).sub(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 0..255, rounded."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,165 @@
+"""Training presets: a YAML file per run, every key of which can be overridden from the command line."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from vgen.types import SettingError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Everything that decides a training run. Batch size and steps count optimizer steps over all processes."""
+
+    kind: str  # "tokenizer" or "generator"
+    name: str
+    data: str  # "fashion-mnist", "mnist" or a folder of class folders
+    data_root: str | None = None
+    family: str  # "multiscale" for tokenizers; "var" for generators
+    model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
+    tokenizer: str | None = None  # folder of the trained tokenizer, for generators
+    image_size: int = 0  # tokenizers: 0 takes what the model implies
+    flip: bool = False  # horizontal flips: at random for tokenizers, as a second copy of the tokens for generators
+    crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices of the blocks, AdamW for the rest
+    lr: float
+    muon_lr: float = 0.0  # 0: 1.5 lr
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # or "linear", to zero
+    warmup: int = 100
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: str = "bf16"  # "no", "fp16" or "bf16" autocast
+    seed: int = 0
+    workers: int = 0
+
+    label_dropout: float = 0.1  # generators
+    commitment: float = 0.25  # tokenizers
+    l1: float = 0.2  # tokenizers: weight of the absolute error beside the squared one
+    restart_every: int = 50  # tokenizers: steps between restarts of dead codes
+    restart_until: float = 0.7  # tokenizers: share of the run after which codes are left alone
+
+    log_every: int = 50
+    eval_every: int = 1000
+    sample_every: int = 1000
+    save_every: int = 500
+    keep: int = 2
+    sample_guidance: float = 2.5
+    license: str = "apache-2.0"
+    notes: str = ""  # a paragraph for the model card
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kind": ("tokenizer", "generator"),
+            "optimizer": ("adamw", "muon"),
+            "schedule": ("cosine", "linear"),
+            "precision": ("no", "fp16", "bf16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise SettingError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every", "keep", "crops"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise SettingError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if not self.lr > 0:
+            raise SettingError(f"lr is {self.lr}: it must be above 0")
+        if self.kind == "generator" and not self.tokenizer:
+            raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
+
+
+def list_presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = None) -> TrainingConfig:
+    """Read a preset by name or by path of a YAML file, and apply overrides of the form "key=value" or "model.key=value".
+
+    Raises SettingError for an unknown preset, key or value.
+    """
+    path = PRESETS / f"{preset}.yaml" if preset in list_presets() else Path(preset)
+    if not path.is_file():
+        raise SettingError(f"no preset {preset!r}: use one of {', '.join(list_presets())}, or the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise SettingError(f"{path} holds no settings: expected lines like 'steps: 1000'")
+    for override in overrides:
+        _apply(values, override)
+    config = _build(values, str(path))
+    if kind and config.kind != kind:
+        raise SettingError(f"{preset} trains a {config.kind}: use 'vgen train {config.kind} --preset {preset}'")
+    return config
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise SettingError(f"--set {override!r} has no value: write key=value")
+    name, _, rest = key.partition(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingError(f"--set {override!r}: the value is not YAML") from error
+    if rest:
+        if name != "model":
+            raise SettingError(f"unknown setting {key!r}: only model.* has parts")
+        values.setdefault("model", {})[rest] = value
+    else:
+        values[name] = value
+
+
+def _build(values: dict[str, Any], source: str) -> TrainingConfig:
+    known = get_type_hints(TrainingConfig)
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
+            raise SettingError(f"unknown setting {name!r} in {source}: {hint}")
+        values[name] = _coerce(name, value, known[name])
+    required = [
+        item.name
+        for item in dataclasses.fields(TrainingConfig)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in values]:
+        raise SettingError(f"{source} lacks {', '.join(missing)}")
+    return TrainingConfig(**values)
+
+
+def _coerce(name: str, value: Any, wanted: Any) -> Any:
+    """Check a YAML value against a field's type; YAML reads 1e-3 as text, and whole floats as integers."""
+    if wanted is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif wanted is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        return int(value)
+    elif wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif wanted == (str | None) and (value is None or isinstance(value, str)):
+        return value
+    elif wanted is bool and isinstance(value, bool):
+        return value
+    elif wanted == list[float] and isinstance(value, list):
+        return [float(item) for item in value]
+    elif wanted == dict[str, Any] and isinstance(value, dict):
+        return value
+    kind = getattr(wanted, "__name__", str(wanted))
+    raise SettingError(f"{name} is {value!r}: expected a value of type {kind}")

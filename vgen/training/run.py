@@ -1,0 +1,34 @@
+"""From a configuration to a finished model: chooses the task and runs the trainer."""
+
+from pathlib import Path
+
+from vgen.training.config import TrainingConfig
+from vgen.training.trainer import Task, Trainer
+from vgen.types import SettingError
+
+
+def start(config: TrainingConfig, out: Path, resume: bool = False, command: str = "") -> Path:
+    """Train what `config` describes in the folder `out`; returns the folder of the finished model.
+
+    Raises SettingError where `out` holds a run already and `resume` is off, or none and it is on.
+    """
+    if not resume and any(out.glob("checkpoints/step-*")):
+        raise SettingError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    if resume and not any(out.glob("checkpoints/step-*")):
+        raise SettingError(f"nothing to resume in {out}: start without --resume")
+    task = build_task(config)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(task, config, out, command)
+    if resume:
+        trainer.resume()
+    return trainer.run()
+
+
+def build_task(config: TrainingConfig) -> Task:
+    if config.kind == "tokenizer":
+        from vgen.training.tokenizers import TokenizerTask
+
+        return TokenizerTask(config)
+    from vgen.training.generators import GeneratorTask
+
+    return GeneratorTask(config)

@@ -1,0 +1,93 @@
+"""Training a tokenizer: reconstruction, codebook and commitment losses, restarts of dead codes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vgen.data import open_source, to_model_range, to_uint8
+from vgen.media import contact_sheet, sheet_zoom, to_pil
+from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.training.config import TrainingConfig
+from vgen.types import SettingError
+
+FAMILIES = {"multiscale": MultiScaleVQ}
+HELD_OUT = 2000  # test images that evaluation uses
+DEAD_BELOW = 0.03  # a code chosen less often than this share of its fair part is dead
+
+
+class TokenizerTask:
+    """A tokenizer and the images it learns from (vgen.training.trainer.Task)."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        if config.family not in FAMILIES:
+            raise SettingError(f"unknown tokenizer family {config.family!r}: use one of {', '.join(FAMILIES)}")
+        torch.manual_seed(config.seed)
+        self.config = config
+        try:
+            self.model = FAMILIES[config.family](**config.model)
+        except TypeError as error:
+            raise SettingError(f"model settings of {config.name}: {error}") from error
+        size, channels = self.model.image_size, self.model.config.image_channels
+        if config.image_size not in (0, size):
+            raise SettingError(f"image_size is {config.image_size}, but the model's scales give {size}")
+        self.source = open_source(config.data, "train", size, channels, config.data_root)
+        self.held_out = open_source(config.data, "test", size, channels, config.data_root)
+        self.num_examples = len(self.source.labels)
+        self.model.to(memory_format=torch.channels_last)
+        self.residuals: list[Tensor] = []
+
+    def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor]:
+        images = to_model_range(self.source.images(indices.tolist(), crop_seed=seed))
+        if self.config.flip:
+            flipped = torch.from_numpy(np.random.default_rng(seed).random(len(images)) < 0.5)
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return (images.contiguous(memory_format=torch.channels_last),)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        (images,) = batch
+        reconstruction, quantiser, self.residuals = model(images)
+        error = reconstruction.float() - images
+        squared, absolute = error.square().mean(), error.abs().mean()
+        loss = squared + self.config.l1 * absolute + quantiser[0] + self.config.commitment * quantiser[1]
+        return loss, {"squared_error": squared, "commitment": quantiser[1]}
+
+    def after_step(self, step: int, rng: torch.Generator) -> None:
+        """Restart dead codes on current residuals; the first step places the whole codebook on them."""
+        if step > self.config.restart_until * self.config.steps:
+            return
+        if step == 1 or step % self.config.restart_every == 0:
+            # every scale has an equal say, though the finest has most of the vectors
+            drawn = [r[torch.randint(len(r), (512,), generator=rng).to(r.device)] for r in self.residuals]
+            codebook = self.model.codebook
+            codebook.restart(torch.cat(drawn), threshold=float("inf") if step == 1 else DEAD_BELOW, generator=rng)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast(codebook.weight.data, 0)
+                torch.distributed.broadcast(codebook.usage, 0)
+
+    def evaluate(self) -> dict[str, float]:
+        errors = []
+        for start in range(0, min(HELD_OUT, len(self.held_out.labels)), 250):
+            stop = min(start + 250, len(self.held_out.labels))
+            images = to_model_range(self.held_out.images(range(start, stop)))
+            rebuilt = self.model.decode(self.model.encode(images))[:, : images.shape[1]].cpu()
+            errors.append(F.mse_loss(rebuilt, images, reduction="none").mean((1, 2, 3)))
+        psnr = 10 * torch.log10(4 / torch.cat(errors)).mean()
+        return {"test_psnr": float(psnr), **self.model.codebook.statistics()}
+
+    def picture(self) -> Image.Image:
+        """Rows of originals, each above its reconstruction."""
+        images = to_model_range(self.held_out.images(range(min(32, len(self.held_out.labels)))))
+        rebuilt = self.model.decode(self.model.encode(images)).cpu()
+        originals, copies = (to_pil(to_uint8(x.expand(-1, 3, -1, -1))) for x in (images, rebuilt))
+        rows = [row for i in range(0, len(originals), 16) for row in (originals[i : i + 16], copies[i : i + 16])]
+        return contact_sheet([tile for row in rows for tile in row], 16, sheet_zoom(self.model.image_size))
+
+    def export(self, folder: Path, card: str) -> None:
+        torch.nn.Module.half(self.model)
+        self.model.save_pretrained(folder)
+        self.model.float()
+        (folder / "README.md").write_text(card)

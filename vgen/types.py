@@ -1,0 +1,165 @@
+"""The nouns that every floor shares: Step, Output, Request, and the Protocols samplers are written against.
+
+Knows no model, no file format and no user interface.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+MAX_REQUEST_CHARACTERS = 1_000_000
+
+
+class SettingError(ValueError):
+    """A request or configuration that cannot be carried out as written (exit code 2)."""
+
+
+class CheckpointError(RuntimeError):
+    """A model file that is corrupt, incomplete or of another kind than was asked for (exit code 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is known after one model evaluation. Any step can be decoded to an image."""
+
+    index: int  # counts from 0
+    total: int
+    tokens: Any  # next scale: list over scales of (B, n_k) int64; other families: (B, N) int64
+    known: Tensor  # (B, L) bool over all positions of the finished sample, in sampling order
+    evaluations: int  # model evaluations so far; guidance's second branch is part of the same one
+    latent: Tensor | None = None  # what the tokenizer decodes, where tokens alone do not determine it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a pipeline returns for a batch of B samples."""
+
+    images: Any  # list of PIL images, (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; latents for "latent"
+    tokens: Any  # as in Step
+    evaluations: int
+    seconds: float  # wall clock, decoding included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The one serialisable description of a run: built by flags or forms, embedded in files, read back."""
+
+    model: str
+    class_labels: list[int] | None = None  # None: unconditional
+    seeds: list[int]
+    sampler: str | None = None  # None: the family's default
+    settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the pipeline's call
+    vgen: str = ""  # version that made it
+    checkpoint: str = ""  # sha256 over the model's weights
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.class_labels is not None and len(self.class_labels) != len(self.seeds):
+            raise SettingError(
+                f"{len(self.class_labels)} class labels but {len(self.seeds)} seeds: give one seed per image"
+            )
+
+    def row(self, index: int) -> "Request":
+        """The request that makes sample `index` of this one alone."""
+        labels = None if self.class_labels is None else [self.class_labels[index]]
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Request(**(values | {"class_labels": labels, "seeds": [self.seeds[index]]}))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Request":
+        """Parse what `to_json` wrote; keys of later versions are ignored. Raises SettingError for anything else."""
+        if len(text) > MAX_REQUEST_CHARACTERS:
+            raise SettingError(f"a request of {len(text)} characters is over the limit of {MAX_REQUEST_CHARACTERS}")
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SettingError(f"not a vgen request: {error}") from error
+        if not isinstance(values, dict):
+            raise SettingError("not a vgen request: expected a JSON object")
+        kept = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        _check_types(kept)
+        return cls(**kept)
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Requests come out of files that anybody may have written."""
+
+    def integers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    expected: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (text, "a string"),
+        "class_labels": (lambda value: value is None or integers(value), "a list of integers or null"),
+        "seeds": (integers, "a list of integers"),
+        "sampler": (lambda value: value is None or text(value), "a string or null"),
+        "settings": (lambda value: isinstance(value, dict), "an object"),
+        **{name: (text, "a string") for name in ("vgen", "checkpoint", "dtype", "device")},
+    }
+    for name in ("model", "seeds"):
+        if name not in values:
+            raise SettingError(f"not a vgen request: {name} is missing")
+    for name, value in values.items():
+        accepts, kind = expected[name]
+        if not accepts(value):
+            raise SettingError(f"not a vgen request: {name} must be {kind}")
+
+
+class Rng(Protocol):
+    """A source of noise for a batch of B samples."""
+
+    def exponential(self, shape: Sequence[int], key: int) -> Tensor:
+        """Standard exponential noise (B, *shape), float32; `key` names the draw within a run."""
+        ...
+
+
+class NextScaleTokenizer(Protocol):
+    """What next-scale sampling asks of a tokenizer. A latent is the (B, C, H, W) sum decoded so far."""
+
+    scales: tuple[int, ...]
+
+    def new_latent(self, batch: int) -> Tensor:
+        """The latent before the first scale: zeros (B, C, H, W)."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Code vectors (B, n, C) of tokens (B, n)."""
+        ...
+
+    @property
+    def code_vectors(self) -> Tensor:
+        """All code vectors (V, C)."""
+        ...
+
+    def add_scale(self, latent: Tensor, codes: Tensor, scale: int) -> Tensor:
+        """The latent after adding scale number `scale`, given its code vectors (B, n_k, C)."""
+        ...
+
+    def read_scale(self, latent: Tensor, scale: int) -> Tensor:
+        """What the generator reads before predicting scale number `scale`: (B, n_k, C)."""
+        ...
+
+
+class NextScaleGenerator(Protocol):
+    """What next-scale sampling asks of a generator."""
+
+    def condition(self, class_labels: Tensor) -> Any:
+        """Everything that depends on the class alone, computed once per call; class_labels (B,)."""
+        ...
+
+    def new_cache(self, batch: int) -> Any:
+        """Preallocated state for one call over `batch` rows."""
+        ...
+
+    def __call__(self, context: Tensor, condition: Any, cache: Any) -> Tensor:
+        """Logits (B, n_k, V) float32 of the next scale, given what `read_scale` returned (B, n_k, C)."""
+        ...

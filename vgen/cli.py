@@ -5,7 +5,7 @@ Heavy imports stay inside the commands, so that help is instant.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ train_app = typer.Typer(
     name="train", help="Train a tokenizer or a generator from a preset.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(train_app)
+
+# Typer's base of usage errors: click's class in older releases, a vendored copy in newer ones.
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 DONE, FAILED, WRONG_USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -78,21 +81,18 @@ def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and turn every expected failure into one line and an exit code."""
-    import click
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else DONE
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        return WRONG_USAGE
+    except ClickException as error:
+        return _fail(f"{error.format_message()} (see --help)", WRONG_USAGE)
     except Exception as error:
         if debug:
             raise

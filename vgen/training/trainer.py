@@ -121,7 +121,12 @@ class Trainer:
         optimizers = build_optimizers(task.model, config)
         self.model, *self.optimizers = self.accelerator.prepare(task.model, *optimizers)
         self.schedulers = [
-            get_scheduler(config.schedule, optimizer.optimizer, config.warmup, config.steps)
+            get_scheduler(
+                config.schedule,
+                optimizer.optimizer,
+                num_warmup_steps=config.warmup,
+                num_training_steps=config.steps,
+            )
             for optimizer in self.optimizers
         ]
         self.ema = EMAModel(task.model.parameters(), decay=config.ema)

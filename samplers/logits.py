@@ -1,0 +1,52 @@
+"""From logits to tokens: guidance, truncation and the exponential race. Pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale * (cond - uncond); 1 is off.
+
+    Written as scale * cond + (1 - scale) * uncond, whose rounding is that of VAR's published (1 + t) cond - t uncond.
+    """
+    return scale * cond + (1 - scale) * uncond
+
+
+def guidance_at(scale: float, schedule: str, index: int, total: int) -> float:
+    """Guidance at step `index` of `total`: "constant", or "linear" from 1 at the first step to `scale` at the last."""
+    if schedule == "linear":
+        return 1 + (scale - 1) * (index / max(total - 1, 1))
+    if schedule == "constant":
+        return scale
+    raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
+
+
+def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set unlikely logits to -inf, (..., V) -> (..., V): all below the k-th largest (0 is off; ties with it stay),
+    then the smallest set whose probability is at most 1 - top_p (1 is off). The largest always stays."""
+    vocab = logits.shape[-1]
+    keep_k = 0 < top_k < vocab
+    if not keep_k and top_p >= 1:
+        return logits
+    # What top-k leaves is all that top-p has to sort.
+    ranked = logits.topk(top_k, dim=-1).values if keep_k else logits.sort(dim=-1, descending=True).values
+    cut = ranked[..., -1:]
+    if top_p < 1:
+        tail = ranked.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # probability of this rank and all behind it
+        kept = tail > 1 - top_p
+        kept[..., 0] = True
+        count = kept.sum(-1, keepdim=True)
+        cut = ranked.gather(-1, count - 1)
+    return logits.masked_fill(logits < cut, -torch.inf)
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sample tokens by an exponential race, argmax(p / e) with e ~ Exp(1): (..., V) x 2 -> (...) int64.
+
+    The same law as `torch.multinomial`, and the same tokens when `noise` comes from its generator. As the
+    temperature goes to 0 the most likely token wins.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    return probabilities.div_(noise).argmax(-1)

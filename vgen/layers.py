@@ -1,0 +1,48 @@
+"""What several generators share: attention on any device, and the cache of its keys and values."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+SMALL_SCORES = 1 << 17  # entries of one sample's score matrix below which the plain form is no slower in float32
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention: q (B, H, M, D), k and v (B, H, N, D), mask (M, N) bool, True where allowed -> (B, H, M, D).
+
+    On a CPU in bfloat16 the plain matrix form is 2.2 times faster than SDPA, training or not (one AVX512-BF16 core);
+    in float32 SDPA wins as soon as the scores outgrow the cache. The choice never depends on the batch size, so that
+    a row of a batch is computed as it is alone.
+    """
+    scores_per_sample = q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type != "cpu" or (q.dtype != torch.bfloat16 and scores_per_sample > SMALL_SCORES):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q if scale == 1 else q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+class KVCache:
+    """Keys and values of every layer for one call, preallocated: (layers, B, H, L, D) each.
+
+    `length` positions are filled. Layers write at `length` and the generator calls `advance` once all have written.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.empty(layers, batch, heads, length, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H, n, D) of a layer; returns views of all its keys and values so far."""
+        stop = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : stop] = k
+        self.values[layer, :, :, self.length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def advance(self, count: int) -> None:
+        self.length += count

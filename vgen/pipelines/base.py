@@ -1,0 +1,175 @@
+"""What all pipelines share: class labels, seeds, output formats, and the request that repeats a run."""
+
+import difflib
+import hashlib
+import secrets
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from vgen import __version__
+from vgen.data import to_uint8
+from vgen.files import sha256
+from vgen.media import to_pil
+from vgen.rng import BatchStream, SampleStreams
+from vgen.types import Output, Request, Rng, SettingError, Step
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Labels = int | str | Sequence[int | str] | Tensor | None
+
+
+class Pipeline(DiffusionPipeline):
+    """A tokenizer and a generator with the samplers that join them. Families subclass this."""
+
+    _optional_components = ["tokenizer"]  # noqa: RUF012
+    default_sampler: str
+    source: str = ""  # the name this pipeline was loaded by
+    folder: Path | None = None  # where its files lie
+
+    # ---- what families provide
+
+    @abstractmethod
+    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """Sample step by step; the same arguments as calling the pipeline, less `output_type`."""
+
+    @abstractmethod
+    def decode(self, step: Any) -> Tensor:
+        """A Step, or tokens -> images (B, 3, H, W) uint8."""
+
+    # ---- calling
+
+    def run(self, steps: Iterator[Step], output_type: str) -> Output:
+        """Drain `steps` and render the last one."""
+        if output_type not in OUTPUT_TYPES:
+            raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        began = time.monotonic()
+        for step in steps:
+            last = step
+        images = last.latent if output_type == "latent" else self.render(self.decode(last), output_type)
+        return Output(
+            images=images, tokens=last.tokens, evaluations=last.evaluations, seconds=time.monotonic() - began
+        )
+
+    @staticmethod
+    def render(pixels: Tensor, output_type: str) -> Any:
+        """(B, 3, H, W) uint8 -> the output type that was asked for; floats lie in [0, 1]."""
+        if output_type == "pil":
+            return to_pil(pixels)
+        floats = pixels.float() / 255
+        return floats if output_type == "pt" else floats.permute(0, 2, 3, 1).cpu().numpy()
+
+    def inputs(
+        self, class_labels: Labels, seeds: Sequence[int] | int | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Rng]:
+        """Class ids (B,), null class where unconditional, and the batch's noise.
+
+        A single label serves all seeds. Without `seeds` or `generator` every sample gets a random seed.
+        """
+        ids = self.label_ids(class_labels)
+        seeds = [seeds] if isinstance(seeds, int) else seeds
+        if seeds is not None and generator is not None:
+            raise SettingError("seeds and generator were both given: give one (seeds: one stream per sample)")
+        if ids is not None and seeds is not None and len(seeds) != len(ids):
+            if isinstance(class_labels, (int, str)):
+                ids = ids * len(seeds)
+            else:
+                raise SettingError(f"{len(ids)} class labels but {len(seeds)} seeds: give one seed per image")
+        batch = len(ids) if ids is not None else len(seeds) if seeds is not None else 1
+        if batch == 0:
+            raise SettingError("nothing to sample: class_labels and seeds are empty")
+        labels = torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
+        if generator is not None:
+            return labels, BatchStream(generator, batch)
+        return labels, SampleStreams(seeds or [secrets.randbits(32) for _ in range(batch)], self.device)
+
+    # ---- classes
+
+    @property
+    def null_class(self) -> int:
+        """The class id of unconditional rows, one past the last class."""
+        return self.generator.null_class
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by class id; the ids themselves where the model has no names."""
+        names = {int(key): value for key, value in (self.config.get("id2label") or {}).items()}
+        return [names.get(index, str(index)) for index in range(self.null_class)]
+
+    def label_ids(self, class_labels: Labels) -> list[int] | None:
+        """Ids or names -> ids. Raises SettingError naming the range or the nearest names."""
+        if class_labels is None:
+            return None
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: int | str) -> int:
+        last = self.null_class - 1
+        if isinstance(label, str):
+            wanted = label.strip().lower()
+            names = {name.lower(): index for index, name in reversed(list(enumerate(self.class_names)))}
+            # "tench" finds "tench, Tinca tinca"
+            names |= {part.strip(): index for name, index in names.items() for part in name.split(",")} | names
+            if wanted in names:
+                return names[wanted]
+            if not wanted.lstrip("-").isdigit():
+                near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"classes: {', '.join(self.class_names[:20])}"
+                raise SettingError(f"unknown class {label!r}: {hint}")
+            label = int(wanted)
+        if isinstance(label, bool) or not 0 <= int(label) <= last:
+            raise SettingError(f"class {label} is outside 0..{last}")
+        return int(label)
+
+    # ---- requests
+
+    def request(self, class_labels: Labels, seeds: Sequence[int], sampler: str | None, settings: dict) -> Request:
+        """The request that repeats a call with these arguments."""
+        ids = self.label_ids(class_labels)
+        return Request(
+            model=self.source,
+            class_labels=ids,
+            seeds=list(seeds),
+            sampler=sampler or self.default_sampler,
+            settings=settings,
+            vgen=__version__,
+            checkpoint=self.checkpoint(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+        )
+
+    def checkpoint(self) -> str:
+        """Hash of the weights: of the files where the pipeline was loaded from a folder, else of the tensors."""
+        if not hasattr(self, "_checkpoint"):
+            files = sorted(self.folder.rglob("*.safetensors")) if self.folder else []
+            self._checkpoint = sha256(*files) if files else self._hash_tensors()
+        return self._checkpoint
+
+    def _hash_tensors(self) -> str:
+        digest = hashlib.sha256()
+        for module in (self.tokenizer, self.generator):
+            for name, tensor in sorted(module.state_dict().items() if module is not None else []):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_tokenizer(self) -> None:
+        """Raise SettingError where this pipeline was built without the tokenizer that sampling reads."""
+        if self.tokenizer is None:
+            raise SettingError(
+                "this pipeline has no tokenizer, whose codes the generator reads at every scale: convert it again "
+                "with tokenizer="
+            )
+
+    @staticmethod
+    def pixels(images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> uint8."""
+        return to_uint8(images)

@@ -1,0 +1,122 @@
+"""The pipeline of the families that predict scale by scale: VAR, and all that share its loop."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.pipelines.base import Labels, Pipeline
+from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
+from vgen.types import Output, SettingError, Step
+
+SAMPLERS = ("next-scale",)
+
+
+class NextScalePipeline(Pipeline):
+    """A multi-scale tokenizer and a next-scale generator.
+
+    Args:
+        tokenizer: vgen.tokenizers.multiscale.MultiScaleVQ, or anything with its interface.
+        generator: vgen.generators.var.VAR, or anything with its interface.
+        id2label: class names by id.
+    """
+
+    default_sampler = "next-scale"
+
+    def __init__(self, tokenizer: Any, generator: Any, id2label: dict[int, str] | None = None) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
+        if tokenizer is not None:
+            tokenizer.to(memory_format=torch.channels_last)
+            for name in ("scales", "vocab_size", "code_dim"):
+                ours, theirs = tokenizer.config[name], generator.config[name]
+                if list(ours) != list(theirs) if name == "scales" else ours != theirs:
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+
+    @torch.no_grad()
+    def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
+        """Sample images.
+
+        Args:
+            class_labels: ids or names, one per image (a single one serves all seeds); None is unconditional.
+            seeds: one whole number per image; image i depends on its own seed alone.
+            generator: one torch.Generator for the whole batch instead, drawn in the published order.
+            guidance_scale: uncond + s * (cond - uncond); 1 is off. VAR's published cfg = c is s = 1 + c.
+            guidance_schedule: "linear" (from 1 at the first scale to s at the last, as published) or "constant".
+            top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
+            more_smooth: VAR's demo option, feeding back soft mixtures of codes: smoother pictures, worse FID.
+            sampler: "next-scale".
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent".
+
+        Raises SettingError (a ValueError) naming the value and the remedy.
+        """
+        return self.run(self.stream(class_labels, **settings), output_type)
+
+    def stream(
+        self,
+        class_labels: Labels = None,
+        *,
+        seeds: Sequence[int] | int | None = None,
+        generator: torch.Generator | None = None,
+        sampler: str | None = None,
+        dictation: Dictation | None = None,
+        **settings: Any,
+    ) -> Iterator[Step]:
+        """Sample, yielding a Step after every scale. Arguments are those of the call and are checked at once;
+        `dictation` fixes chosen tokens (vgen.samplers.next_scale)."""
+        if sampler not in (None, *SAMPLERS):
+            raise SettingError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+        self.check_tokenizer()
+        chosen = check_settings(settings, self.generator.config.vocab_size)
+        labels, rng = self.inputs(class_labels, seeds, generator)
+        return self._steps(next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation))
+
+    @torch.no_grad()
+    def _steps(self, steps: Iterator[Step]) -> Iterator[Step]:
+        yield from steps
+
+    @torch.no_grad()
+    def decode(self, step: Step | Sequence[Tensor]) -> Tensor:
+        """A Step, or the tokens of the first scales -> images (B, 3, S, S) uint8."""
+        self.check_tokenizer()
+        if isinstance(step, Step):
+            return self.pixels(self.tokenizer.decode_latent(step.latent))
+        return self.pixels(self.tokenizer.decode(step))
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[Tensor], class_labels: Labels = None) -> Tensor:
+        """Teacher-forced logits (B, L, V) float32 of all scales one after another; tokens as `encode` gives them."""
+        self.check_tokenizer()
+        ids = self.label_ids(class_labels)
+        batch = len(tokens[0])
+        labels = torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
+        if len(labels) != batch:
+            raise SettingError(f"{len(labels)} class labels for {batch} rows of tokens: give one per row")
+        return self.generator(self.tokenizer.context(tokens), labels)
+
+
+def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettings:
+    """Sampling settings by keyword, each within its bounds. Raises SettingError naming the value and the bounds."""
+    try:
+        chosen = NextScaleSettings(**settings)
+    except TypeError as error:
+        known = ", ".join(NextScaleSettings.__dataclass_fields__)
+        unknown = [name for name in settings if name not in NextScaleSettings.__dataclass_fields__]
+        raise SettingError(f"unknown setting {unknown[0]!r}: use {known}") from error
+    bounds = {
+        "guidance_scale": (0.0, 1000.0),
+        "top_k": (0, vocab_size),
+        "top_p": (0.0, 1.0),
+        "temperature": (0.0, 1000.0),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(chosen, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise SettingError(f"{name} is {value!r}: it must lie in {low}..{high}")
+    if not isinstance(chosen.top_k, int):
+        raise SettingError(f"top_k is {chosen.top_k!r}: it must be a whole number")
+    if chosen.guidance_schedule not in ("constant", "linear"):
+        raise SettingError(f"guidance_schedule is {chosen.guidance_schedule!r}: use 'constant' or 'linear'")
+    return chosen

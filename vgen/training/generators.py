@@ -1,0 +1,168 @@
+"""Training a generator on a tokenizer's tokens, which are computed once and kept on disk."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vgen.data import ImageSource, data_root, open_source, to_model_range
+from vgen.files import atomic_file, sha256
+from vgen.generators.var import VAR
+from vgen.media import contact_sheet, sheet_zoom
+from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.progress import progress
+from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.training.config import TrainingConfig
+from vgen.types import SettingError
+
+FAMILIES = {"var": VAR}
+HELD_OUT = 2000
+
+
+class GeneratorTask:
+    """A next-scale generator and the tokens it learns from (vgen.training.trainer.Task)."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        if config.family not in FAMILIES:
+            raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(FAMILIES)}")
+        self.config = config
+        self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
+        self.tokenizer = MultiScaleVQ.from_pretrained(self.tokenizer_folder).eval().requires_grad_(False)
+        size, channels = self.tokenizer.image_size, self.tokenizer.config.image_channels
+        train = open_source(config.data, "train", size, channels, config.data_root)
+        test = open_source(config.data, "test", size, channels, config.data_root)
+        self.class_names = train.class_names
+        self.labels, self.tokens = self._tokens(train, "train", 2 if config.flip else 1, config.crops)
+        self.test_labels, self.test_tokens = self._tokens(test, "test", 1, 1)
+        self.num_examples = len(self.tokens)
+        torch.manual_seed(config.seed)
+        try:
+            self.model = FAMILIES[config.family](
+                scales=self.tokenizer.scales,
+                vocab_size=self.tokenizer.config.vocab_size,
+                code_dim=self.tokenizer.config.code_dim,
+                num_classes=len(self.class_names),
+                **{name: value for name, value in config.model.items() if name != "init_gate"},
+            )
+        except TypeError as error:
+            raise SettingError(f"model settings of {config.name}: {error}") from error
+        self.model.init_weights(**({"gate": config.model["init_gate"]} if "init_gate" in config.model else {}))
+        self.lengths = [side * side for side in self.tokenizer.scales]
+
+    def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.from_numpy(self.tokens[indices].astype(np.int64))
+        return tokens, self.labels[torch.from_numpy(indices) % len(self.labels)]
+
+    def loss(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], rng: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, labels = batch
+        dropped = torch.rand(len(labels), generator=rng) < self.config.label_dropout
+        labels = labels.masked_fill(dropped.to(labels.device), self.model.null_class)
+        logits = model(self._context(tokens), labels)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
+
+    def _context(self, tokens: Tensor) -> Tensor:
+        self.tokenizer.to(tokens.device)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return self.tokenizer.context(tokens.split(self.lengths, dim=1))
+
+    def after_step(self, step: int, rng: torch.Generator) -> None:
+        pass
+
+    def evaluate(self) -> dict[str, float]:
+        """Cross-entropy per token on test images, labels given; the last scale's apart, as VAR's "tail"."""
+        losses = []
+        for start in range(0, min(HELD_OUT, len(self.test_tokens)), 250):
+            rows = slice(start, start + 250)
+            tokens = torch.from_numpy(self.test_tokens[rows].astype(np.int64)).to(self.model.device)
+            logits = self.model(self._context(tokens), self.test_labels[rows].to(self.model.device))
+            losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape))
+        loss = torch.cat(losses)
+        return {"test_loss": float(loss.mean()), "test_loss_tail": float(loss[:, -self.lengths[-1] :].mean())}
+
+    def pipeline(self) -> NextScalePipeline:
+        return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))
+
+    def picture(self) -> Image.Image:
+        """One column per class (the first sixteen), eight samples each, always of the same seeds."""
+        classes = list(range(min(16, len(self.class_names))))
+        labels = [label for _ in range(8) for label in classes]
+        images = self.pipeline()(
+            class_labels=labels, seeds=list(range(len(labels))), guidance_scale=self.config.sample_guidance
+        ).images
+        return contact_sheet(images, len(classes), sheet_zoom(self.tokenizer.image_size))
+
+    def export(self, folder: Path, card: str) -> None:
+        torch.nn.Module.half(self.model)
+        torch.nn.Module.half(self.tokenizer)
+        self.pipeline().save_pretrained(folder)
+        self.model.float()
+        self.tokenizer.float()
+        tokenizer_card = self.tokenizer_folder / "README.md"
+        if tokenizer_card.is_file():
+            (folder / "tokenizer" / "README.md").write_text(tokenizer_card.read_text())
+        (folder / "README.md").write_text(card)
+
+    def _tokens(self, source: ImageSource, split: str, copies: int, crops: int) -> tuple[Tensor, np.ndarray]:
+        """Labels (N,) and tokens (copies * crops * N, L): the images as they are, then the other crops, then flips.
+
+        Kept beside the data set under a name that says which tokenizer and which images they belong to.
+        """
+        config, tokenizer = self.config, self.tokenizer
+        weights = sha256(*sorted(self.tokenizer_folder.glob("*.safetensors")))
+        images = f"{Path(config.data).resolve() if Path(config.data).is_dir() else config.data} {len(source.labels)}"
+        key = hashlib.sha256(f"{weights} {images} {split} {copies} {crops}".encode()).hexdigest()[:16]
+        path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
+        if not path.exists():
+            lengths = sum(side * side for side in tokenizer.scales)
+            dtype = np.uint16 if tokenizer.config.vocab_size <= 1 << 16 else np.int32
+            with atomic_file(path) as partial:
+                shape = (copies * crops * len(source.labels), lengths)
+                stored = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+                self._tokenize(source, split, crops, copies, stored)
+                stored.flush()
+                del stored
+        return source.labels, np.load(path, mmap_mode="r")
+
+    def _tokenize(self, source: ImageSource, split: str, crops: int, copies: int, stored: np.ndarray) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer.to(device)
+        number, size = len(source.labels), 100
+        with progress(len(stored), f"tokens of {self.config.data} ({split})", "images") as shown:
+            for crop in range(crops):
+                for start in range(0, number, size):
+                    indices = range(start, min(start + size, number))
+                    images = to_model_range(source.images(indices, crop_seed=crop or None)).to(device)
+                    for copy in range(copies):
+                        tokens = torch.cat(self.tokenizer.encode(images.flip(-1) if copy else images), dim=1)
+                        first = (copy * crops + crop) * number + start
+                        stored[first : first + len(tokens)] = tokens.cpu().numpy()
+                        shown.advance(len(tokens))
+        self.tokenizer.to("cpu")
+
+
+def token_folder(config: TrainingConfig) -> Path:
+    """Where tokens are kept: beside the data sets, or in the cache where that place is read-only."""
+    folder = data_root(config.data_root) / "tokens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "writable"):
+            pass
+        (folder / "writable").unlink()
+        return folder
+    except OSError:
+        return Path.home() / ".cache" / "vgen" / "tokens"
+
+
+def _tokenizer_folder(name: str) -> Path:
+    """The folder of a tokenizer: the one named, or the tokenizer/ of the pipeline it names."""
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "tokenizer", folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise SettingError(f"no tokenizer in {folder}: train one, and name its folder with --set tokenizer=FOLDER")

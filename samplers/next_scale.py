@@ -21,12 +21,14 @@ Dictation = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 class NextScaleSettings:
     """How tokens are chosen from logits."""
 
-    guidance_scale: float = 1.0
+    guidance_scale: float = 2.0
     guidance_schedule: str = "linear"
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0
-    more_smooth: bool = False  # VAR's demo option: feed back a soft mixture of codes instead of the drawn ones
+    more_smooth: bool = (
+        False  # VAR's demo option: feed back a soft mixture of codes instead of the drawn ones
+    )
 
 
 def next_scale(

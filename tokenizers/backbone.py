@@ -75,7 +75,9 @@ class Level(nn.Module):
         super().__init__()
         widths = [width_in] + [width_out] * blocks
         self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(
+            AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -102,7 +104,13 @@ class Encoder(nn.Module):
     """Images (B, channels, S, S) -> features (B, code_dim, S / f, S / f), f = 2 ** (levels - 1)."""
 
     def __init__(
-        self, channels: int, code_dim: int, widths: Sequence[int], blocks: int, attention: Sequence[int], groups: int
+        self,
+        channels: int,
+        code_dim: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        groups: int,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -129,13 +137,21 @@ class Decoder(nn.Module):
     """Features (B, code_dim, H, W) -> images (B, channels, f * H, f * W); one block more per level than the encoder."""
 
     def __init__(
-        self, channels: int, code_dim: int, widths: Sequence[int], blocks: int, attention: Sequence[int], groups: int
+        self,
+        channels: int,
+        code_dim: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        groups: int,
     ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList()  # index 0 is the highest resolution, as published; traversed from the other end
+        self.up = (
+            nn.ModuleList()
+        )  # index 0 is the highest resolution, as published; traversed from the other end
         for i, width in enumerate(widths):
             level = Level(widths[min(i + 1, last)], width, blocks + 1, i in attention, groups)
             if i > 0:

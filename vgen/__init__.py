@@ -1,7 +1,7 @@
 """vgen: a studio for visual autoregressive generation. The public API, loaded on first use.
 
-    pipe = vgen.load("fashion-var")
-    images = pipe(class_labels=["sneaker"], seeds=[0]).images
+pipe = vgen.load("fashion-var")
+images = pipe(class_labels=["sneaker"], seeds=[0]).images
 """
 
 import importlib

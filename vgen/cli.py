@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that help is instant.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train_app = typer.Typer(
-    name="train", help="Train a tokenizer or a generator from a preset.", no_args_is_help=True, rich_markup_mode=None
+    name="train",
+    help="Train a tokenizer or a generator from a preset.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(train_app)
 
@@ -28,11 +32,16 @@ ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base._
 DONE, FAILED, WRONG_USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 Preset = Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file like one.")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
+]
 DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="Where data sets lie; default $VGEN_DATA or ~/.cache/vgen/data.")
+    Path | None,
+    typer.Option("--data-root", help="Where data sets lie; default $VGEN_DATA or ~/.cache/vgen/data."),
 ]
 
 
@@ -66,7 +75,9 @@ def train_generator(
     _train("generator", preset, settings, out, resume, data_root)
 
 
-def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None) -> None:
+def _train(
+    kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None
+) -> None:
     from vgen.training.config import load_config
 
     overrides = [*settings, *([f"data_root={data_root}"] if data_root else [])]
@@ -77,6 +88,204 @@ def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume
     shown = " ".join(["vgen", "train", kind, "--preset", preset, *(f"--set {item}" for item in settings)])
     folder = start(config, out or Path("runs") / config.name, resume, command=shown)
     print(folder)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str | None, typer.Argument(help="A bundled name (see 'vgen models'), a folder or a Hub id.")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional."),
+    ] = None,
+    per_class: Annotated[int, typer.Option(help="Images per class.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
+    sampler: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is off; default 2.")] = None,
+    guidance_schedule: Annotated[str | None, typer.Option(help="linear (default) or constant.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default 1; 0 takes the likeliest code.")] = None,
+    more_smooth: Annotated[
+        bool | None, typer.Option("--more-smooth", help="VAR's smoothing; nicer, but worse FID.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once; changes speed, not images.")] = 16,
+    sheet: Annotated[
+        bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Repeat the request inside a PNG made by vgen.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where present.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")
+    ] = None,
+) -> None:
+    """Sample images into files; each PNG carries the request that repeats it.
+
+    Example: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
+    """
+    given = {
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "more_smooth": more_smooth,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    if source is not None:
+        if classes is not None or per_class != 1:
+            raise typer.BadParameter(
+                "--from repeats the classes of its file: leave out --classes and --per-class"
+            )
+        paths = _repeat(source, model, seed, sampler, settings, device, dtype, out, batch_size)
+    else:
+        if model is None:
+            raise typer.BadParameter(
+                "name a model ('vgen models' lists them), or repeat an image with --from FILE"
+            )
+        from vgen import batch, hub
+
+        pipeline = hub.load(model, device=device, dtype=dtype)
+        pipeline.resolve_settings(settings)
+        labels = _parse_classes(classes, pipeline)
+        paths = batch.sample_to_files(
+            pipeline,
+            batch.plan(labels, per_class, seed or 0),
+            out,
+            settings=settings,
+            sampler=sampler,
+            batch_size=batch_size,
+            sheet_columns=per_class if sheet and per_class > 1 else 10 if sheet else 0,
+        )
+    for path in paths:
+        print(path)
+
+
+def _repeat(
+    source: Path,
+    model: str | None,
+    seed: int | None,
+    sampler: str | None,
+    settings: dict[str, Any],
+    device: str | None,
+    dtype: str | None,
+    out: Path,
+    batch_size: int,
+) -> list[Path]:
+    """Carry out the request inside a PNG; flags override it."""
+    from vgen import __version__, batch, hub
+    from vgen.media import read_request
+
+    request = read_request(source)
+    pipeline = hub.load(model or request.model, device=device or request.device, dtype=dtype or request.dtype)
+    for what, then, now in (
+        ("weights", request.checkpoint, pipeline.checkpoint()),
+        ("vgen", request.vgen, __version__),
+    ):
+        if then != now:
+            print(f"vgen: made with {what} {then[:12]}, now {now[:12]}: pixels may differ", file=sys.stderr)
+    return batch.sample_to_files(
+        pipeline,
+        batch.from_request(request, seed),
+        out,
+        settings=request.settings | settings,
+        sampler=sampler or request.sampler,
+        batch_size=batch_size,
+    )
+
+
+def _parse_classes(text: str | None, pipeline: Any) -> list[int] | None:
+    """ "sneaker,bag", "0-4,7", "none" for unconditional; nothing means every class."""
+    if text is None:
+        return list(range(pipeline.null_class))
+    if text.strip().lower() == "none":
+        return None
+    labels: list[int | str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        if dash and first.isdigit() and last.isdigit():
+            pipeline.label_ids([int(first), int(last)])  # before a range of billions is written out
+            labels += range(int(first), int(last) + 1)
+        else:
+            labels.append(part)
+    if not labels:
+        raise typer.BadParameter(
+            f"--classes {text!r} names no class: write names, ids or ranges like sneaker,0-4"
+        )
+    return pipeline.label_ids(labels)
+
+
+@app.command()
+def convert(
+    family: Annotated[str, typer.Argument(help="var")],
+    transformer: Annotated[Path, typer.Option(help="The published transformer, .pth or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="The published tokenizer; images need it.")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Sides of the scales, 1,2,3,...; default: as the file says.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads where the file cannot tell.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 (default), bfloat16 or float16.")] = "float32",
+) -> None:
+    """Convert published checkpoints to a vgen model folder.
+
+    Example: vgen convert var --transformer var_d16.pth --tokenizer vae_ch160v4096z32.pth --out models/var-d16
+    """
+    from vgen import conversion, hub
+
+    kind = hub.parse_dtype(dtype)
+    overrides: dict[str, Any] = {"heads": heads} if heads else {}
+    if scales:
+        overrides["scales"] = [int(side) for side in scales.split(",")]
+    if class_names:
+        overrides["class_names"] = class_names.read_text().splitlines()
+    print("vgen: reading and checking the tensors", file=sys.stderr)
+    pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **overrides)
+    print(f"vgen: writing {out}", file=sys.stderr)
+    conversion.save(pipeline.to(kind), out)
+    print(out)
+
+
+@app.command()
+def info(
+    path: Annotated[
+        str, typer.Argument(help="A PNG made by vgen, a model (name or folder) or a .safetensors file.")
+    ],
+) -> None:
+    """Print what a file holds, as JSON: the request in a picture, or a model's configuration and size.
+
+    Example: vgen info samples/000000_c0007_s0.png
+    """
+    import json
+
+    from vgen.inspection import describe
+
+    print(json.dumps(describe(path), indent=2, sort_keys=True))
+
+
+@app.command()
+def models() -> None:
+    """List the bundled models, one a line: name, parameters, classes.
+
+    Example: vgen models
+    """
+    from vgen.hub import list_models
+    from vgen.inspection import describe
+
+    for name in list_models():
+        found = describe(name)
+        print(f"{name}\t{found['parameters'] / 1e6:.1f}M parameters\t{len(found['classes'])} classes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +301,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
     except ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return main([*arguments, "--help"])
         return _fail(f"{error.format_message()} (see --help)", WRONG_USAGE)
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except Exception as error:
         if debug:
             raise

@@ -17,8 +17,22 @@ from torch import Tensor
 from vgen.types import SettingError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-BUILT_IN = {"fashion-mnist": ("FashionMNIST", FASHION), "mnist": ("MNIST", [str(digit) for digit in range(10)])}
+FASHION = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
+BUILT_IN = {
+    "fashion-mnist": ("FashionMNIST", FASHION),
+    "mnist": ("MNIST", [str(digit) for digit in range(10)]),
+}
 
 
 class ImageSource(Protocol):
@@ -83,7 +97,9 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("VGEN_DATA") or Path.home() / ".cache" / "vgen" / "data").expanduser()
 
 
-def open_source(name: str, split: str, size: int, channels: int, root: str | Path | None = None) -> ImageSource:
+def open_source(
+    name: str, split: str, size: int, channels: int, root: str | Path | None = None
+) -> ImageSource:
     """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
 
     The two data sets are downloaded into `root` when they are not there. A folder is its own train split unless it
@@ -111,7 +127,9 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
         ) from error
     pixels = found.data[:, None]
     if pixels.shape[-1] != size:
-        resized = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+        resized = torch.nn.functional.interpolate(
+            pixels.float(), (size, size), mode="bicubic", antialias=True
+        )
         pixels = resized.round().clamp(0, 255).to(torch.uint8)
     return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), class_names)
 
@@ -135,7 +153,9 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
             f"no images in {folder}: expected one folder per class with files like {folder / 'cats' / '1.png'}"
         )
     names = [entry.name for entry in classes]
-    return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
+    return FolderSource(
+        [path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels
+    )
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

@@ -181,11 +181,11 @@ class VAR(ModelMixin, ConfigMixin):
         """An empty cache for one call over `batch` rows (guidance needs two per sample)."""
         config, weight = self.config, self.head.weight
         head_dim = config.width // config.heads
-        return KVCache(config.depth, batch, config.heads, self.num_tokens, head_dim, weight.device, weight.dtype)
+        return KVCache(
+            config.depth, batch, config.heads, self.num_tokens, head_dim, weight.device, weight.dtype
+        )
 
-    def forward(
-        self, context: Tensor, condition: Condition | Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, context: Tensor, condition: Condition | Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, n, V) float32.
 
         Without a cache: teacher-forced logits of the first scales, as many as `context` (B, n_1 + ... + n_k, C)

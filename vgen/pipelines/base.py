@@ -42,9 +42,13 @@ class Pipeline(DiffusionPipeline):
     def decode(self, step: Any) -> Tensor:
         """A Step, or tokens -> images (B, 3, H, W) uint8."""
 
+    @abstractmethod
+    def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All sampling settings with their defaults filled in. Raises SettingError for one that is out of bounds."""
+
     # ---- calling
 
-    def run(self, steps: Iterator[Step], output_type: str) -> Output:
+    def run(self, steps: Iterator[Step], rng: Rng, output_type: str) -> Output:
         """Drain `steps` and render the last one."""
         if output_type not in OUTPUT_TYPES:
             raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
@@ -53,7 +57,11 @@ class Pipeline(DiffusionPipeline):
             last = step
         images = last.latent if output_type == "latent" else self.render(self.decode(last), output_type)
         return Output(
-            images=images, tokens=last.tokens, evaluations=last.evaluations, seconds=time.monotonic() - began
+            images=images,
+            tokens=last.tokens,
+            evaluations=last.evaluations,
+            seconds=time.monotonic() - began,
+            seeds=getattr(rng, "seeds", None),
         )
 
     @staticmethod
@@ -117,12 +125,18 @@ class Pipeline(DiffusionPipeline):
             wanted = label.strip().lower()
             names = {name.lower(): index for index, name in reversed(list(enumerate(self.class_names)))}
             # "tench" finds "tench, Tinca tinca"
-            names |= {part.strip(): index for name, index in names.items() for part in name.split(",")} | names
+            names |= {
+                part.strip(): index for name, index in names.items() for part in name.split(",")
+            } | names
             if wanted in names:
                 return names[wanted]
             if not wanted.lstrip("-").isdigit():
                 near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"classes: {', '.join(self.class_names[:20])}"
+                hint = (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"classes: {', '.join(self.class_names[:20])}"
+                )
                 raise SettingError(f"unknown class {label!r}: {hint}")
             label = int(wanted)
         if isinstance(label, bool) or not 0 <= int(label) <= last:
@@ -131,15 +145,17 @@ class Pipeline(DiffusionPipeline):
 
     # ---- requests
 
-    def request(self, class_labels: Labels, seeds: Sequence[int], sampler: str | None, settings: dict) -> Request:
-        """The request that repeats a call with these arguments."""
+    def request(
+        self, class_labels: Labels, seeds: Sequence[int], sampler: str | None, settings: dict[str, Any]
+    ) -> Request:
+        """The request that repeats a call with these arguments, defaults spelt out."""
         ids = self.label_ids(class_labels)
         return Request(
             model=self.source,
             class_labels=ids,
             seeds=list(seeds),
             sampler=sampler or self.default_sampler,
-            settings=settings,
+            settings=self.resolve_settings(settings),
             vgen=__version__,
             checkpoint=self.checkpoint(),
             dtype=str(self.dtype).removeprefix("torch."),

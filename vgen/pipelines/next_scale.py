@@ -1,14 +1,17 @@
 """The pipeline of the families that predict scale by scale: VAR, and all that share its loop."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vgen.data import to_model_range
 from vgen.pipelines.base import Labels, Pipeline
+from vgen.pipelines.editing import composite, keep_masks, to_mask, to_pixels
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
-from vgen.types import Output, SettingError, Step
+from vgen.types import Output, Rng, SettingError, Step
 
 SAMPLERS = ("next-scale",)
 
@@ -33,7 +36,9 @@ class NextScalePipeline(Pipeline):
             for name in ("scales", "vocab_size", "code_dim"):
                 ours, theirs = tokenizer.config[name], generator.config[name]
                 if list(ours) != list(theirs) if name == "scales" else ours != theirs:
-                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+                    raise SettingError(
+                        f"tokenizer and generator do not fit: {name} is {ours} against {theirs}"
+                    )
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
@@ -52,30 +57,90 @@ class NextScalePipeline(Pipeline):
 
         Raises SettingError (a ValueError) naming the value and the remedy.
         """
-        return self.run(self.stream(class_labels, **settings), output_type)
+        steps, rng = self._begin(class_labels, **settings)
+        return self.run(steps, rng, output_type)
 
-    def stream(
+    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """Sample, yielding a Step after every scale. Takes the arguments of the call, less `output_type`; they are
+        checked before the first step is asked for."""
+        return self._begin(class_labels, **settings)[0]
+
+    def _begin(
         self,
-        class_labels: Labels = None,
+        class_labels: Labels,
         *,
         seeds: Sequence[int] | int | None = None,
         generator: torch.Generator | None = None,
         sampler: str | None = None,
         dictation: Dictation | None = None,
         **settings: Any,
-    ) -> Iterator[Step]:
-        """Sample, yielding a Step after every scale. Arguments are those of the call and are checked at once;
-        `dictation` fixes chosen tokens (vgen.samplers.next_scale)."""
+    ) -> tuple[Iterator[Step], Rng]:
         if sampler not in (None, *SAMPLERS):
             raise SettingError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
         self.check_tokenizer()
         chosen = check_settings(settings, self.generator.config.vocab_size)
         labels, rng = self.inputs(class_labels, seeds, generator)
-        return self._steps(next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation))
+        steps = next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation)
+        return self._without_gradients(steps), rng
 
     @torch.no_grad()
-    def _steps(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def _without_gradients(self, steps: Iterator[Step]) -> Iterator[Step]:
         yield from steps
+
+    def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(check_settings(settings, self.generator.config.vocab_size))
+
+    # ---- editing
+
+    @torch.no_grad()
+    def edit(
+        self, image: Any, mask: Any, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any
+    ) -> Output:
+        """Repaint the masked part of an image: in-painting, out-painting, or a change of class inside the mask.
+
+        Kept cells are dictated at every scale, requantised against what has been generated so far (closed loop), so
+        that generated content does not leak into them. Pixels outside the mask come back exactly; the seam is
+        feathered inside it over half a token.
+
+        Args:
+            image: a PIL image, an (S, S, 3) array or a (B, 3, S, S) or (3, S, S) tensor; floats in [0, 1], or uint8.
+            mask: (S, S) in any of these forms: nonzero (white) is repainted, zero is kept.
+            class_labels: what to paint; None paints without a class.
+            settings: those of the call. One image with several seeds or labels gives as many versions.
+        """
+        if output_type == "latent":
+            raise SettingError("edit composites pixels: output_type must be 'pil', 'np' or 'pt'")
+        original = to_pixels(image, self.tokenizer.image_size)
+        painted = to_mask(mask, self.tokenizer.image_size)
+        steps, rng = self._begin_edit(original, painted, class_labels, **settings)
+        output = self.run(steps, rng, "pt")
+        generated = output.images.mul(255).round().to(torch.uint8)
+        token = self.tokenizer.image_size // self.tokenizer.scales[-1]
+        blended = composite(
+            original.to(generated.device), generated, painted.to(generated.device), token // 2
+        )
+        return dataclasses.replace(output, images=self.render(blended, output_type))
+
+    def stream_edit(
+        self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any
+    ) -> Iterator[Step]:
+        """The steps of `edit`, before compositing."""
+        size = self.tokenizer.image_size
+        return self._begin_edit(to_pixels(image, size), to_mask(mask, size), class_labels, **settings)[0]
+
+    @torch.no_grad()
+    def _begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        self.check_tokenizer()
+        source = self.tokenizer.encode_latent(to_model_range(original))
+        keep = keep_masks(painted, self.tokenizer.scales)
+
+        def dictate(scale: int, latent: Tensor) -> tuple[Tensor, Tensor]:
+            given = self.tokenizer.quantize_scale(source - latent, scale)
+            return keep[scale].to(given.device).expand(len(given), -1), given
+
+        return self._begin(class_labels, dictation=dictate, **settings)
 
     @torch.no_grad()
     def decode(self, step: Step | Sequence[Tensor]) -> Tensor:

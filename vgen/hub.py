@@ -1,0 +1,125 @@
+"""Finding and loading models: bundled names, folders and Hub ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vgen.generators.var import VAR
+from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.types import CheckpointError, SettingError
+
+ZOO = Path(__file__).parent / "zoo"
+ROLES = ("tokenizer", "generator")
+PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline,)}
+COMPONENTS = (MultiScaleVQ, VAR)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def list_models() -> list[str]:
+    """Names of the bundled models."""
+    return sorted(path.parent.name for path in ZOO.glob("*/model_index.json"))
+
+
+def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
+    """Load a pipeline: a bundled name, a folder, or a Hub id ("user/model"; only that touches the network).
+
+    Args:
+        device: torch device or its name; default "cuda" where present, else "cpu".
+        dtype: torch dtype or its name; default float32 on a CPU, bfloat16 on a GPU. Codebooks stay float32.
+
+    Raises SettingError for an unknown name, CheckpointError for damaged files.
+    """
+    folder = find(str(name))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError("device is 'cuda', but no GPU is visible: use device='cpu'")
+    kind = (
+        parse_dtype(dtype) if dtype is not None else torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    )
+    pipeline_class, components, config = _read_index(folder)
+    parts = {role: _load_component(cls, folder / role, kind) for role, cls in components.items()}
+    pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.source, pipeline.folder = str(name), folder
+    return pipeline.to(chosen)
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """A torch dtype from itself or its name. Raises SettingError."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    return getattr(torch, dtype)
+
+
+def find(name: str) -> Path:
+    """The folder that holds a model, downloaded from the Hub where `name` is an id."""
+    for folder in (ZOO / name if name in list_models() else None, Path(name).expanduser()):
+        if folder is not None and (folder / "model_index.json").is_file():
+            return folder
+    if Path(name).expanduser().exists():
+        raise SettingError(
+            f"{name} holds no model_index.json: give the folder that 'vgen convert' or training wrote"
+        )
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    raise SettingError(
+        f"unknown model {name!r}: use {', '.join(list_models())}, a folder, or a Hub id like user/model"
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise SettingError(
+            f"{name!r} is no folder here, and the Hub did not give it ({type(error).__name__}): check the name and "
+            f"the network, or use a bundled model: {', '.join(list_models())}"
+        ) from error
+
+
+def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
+    """The pipeline class, its components' classes and its settings. Only classes of this package are ever built."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+        name = index.pop("_class_name")
+        named = {role: tuple(index.pop(role, (None, None))) for role in ROLES}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: get the model again") from error
+    components = {role: found for role, found in named.items() if any(found)}
+    known = {(cls.__module__, cls.__name__): cls for cls in COMPONENTS}
+    strangers = [str(found) for found in components.values() if found not in known]
+    if name not in PIPELINES or strangers:
+        raise CheckpointError(
+            f"{path} names {(strangers or [name])[0]}, which is no part of this version of vgen"
+        )
+    config = {key: value for key, value in index.items() if key[0] != "_"}
+    return PIPELINES[name], {role: known[found] for role, found in components.items()}, config
+
+
+def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model whose weights are all there and all used. Raises CheckpointError."""
+    try:
+        model, report = cls.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"cannot load {folder}: {lines[0]}; get the model again") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := list(report.get(problem) or []):
+            words = problem.replace("_keys", "")
+            raise CheckpointError(
+                f"{folder} has {len(found)} {words} tensors, such as {found[0]}: get the model again"
+            )
+    return model.eval()

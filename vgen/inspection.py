@@ -1,0 +1,65 @@
+"""What a file holds, without loading weights: for `vgen info` and the studio."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vgen import hub
+from vgen.files import safetensors_header, sha256
+from vgen.media import read_request
+from vgen.types import CheckpointError, SettingError
+
+
+def describe(path: str) -> dict[str, Any]:
+    """A PNG's request, a safetensors file's tensors, or a model's configuration, parameters, bytes and hash.
+
+    Raises SettingError or CheckpointError for anything else.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        header = safetensors_header(file)
+        if header is None:
+            return {"kind": "image", **dataclasses.asdict(read_request(file))}
+        return {"kind": "safetensors", **_describe_tensors(file, header)}
+    if path not in hub.list_models() and not (file / "model_index.json").is_file():
+        raise SettingError(f"{path} is no picture, model folder, .safetensors file or bundled model")
+    return {"kind": "model", **_describe_model(hub.find(path))}
+
+
+def _describe_tensors(file: Path, header: dict[str, Any]) -> dict[str, Any]:
+    tensors = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return {
+        "bytes": file.stat().st_size,
+        "sha256": sha256(file),
+        "metadata": header.get("__metadata__", {}),
+        "parameters": sum(math.prod(shape) for shape in tensors.values()),
+        "tensors": tensors,
+    }
+
+
+def _describe_model(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        components = {}
+        for config in sorted(folder.glob("*/config.json")):
+            values = json.loads(config.read_text())
+            components[config.parent.name] = {key: value for key, value in values.items() if key[0] != "_"}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder} has a damaged configuration: get the model again") from error
+    files = sorted(folder.rglob("*.safetensors"))
+    headers = [safetensors_header(file) for file in files]
+    if None in headers:
+        raise CheckpointError(f"{files[headers.index(None)]} is damaged or truncated: get the model again")
+    shapes = [
+        entry["shape"] for header in headers if header for name, entry in header.items() if name[0] != "_"
+    ]
+    return {
+        "pipeline": index.get("_class_name"),
+        "classes": list((index.get("id2label") or {}).values()),
+        "components": components,
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "bytes": sum(file.stat().st_size for file in files),
+        "checkpoint": sha256(*files),
+    }

@@ -26,9 +26,7 @@ class NextScaleSettings:
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0
-    more_smooth: bool = (
-        False  # VAR's demo option: feed back a soft mixture of codes instead of the drawn ones
-    )
+    more_smooth: bool = False  # VAR's demo option: feed back a soft mixture of codes instead of the drawn ones
 
 
 def next_scale(

@@ -75,9 +75,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [width_in] + [width_out] * blocks
         self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(
-            AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0)
-        )
+        self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -149,9 +147,7 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = (
-            nn.ModuleList()
-        )  # index 0 is the highest resolution, as published; traversed from the other end
+        self.up = nn.ModuleList()  # index 0 is the highest resolution, as published; traversed from the other end
         for i, width in enumerate(widths):
             level = Level(widths[min(i + 1, last)], width, blocks + 1, i in attention, groups)
             if i > 0:

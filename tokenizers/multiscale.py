@@ -186,9 +186,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             )
         for item in tokens:
             if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < self.config.vocab_size:
-                raise SettingError(
-                    f"tokens must lie in 0..{self.config.vocab_size - 1}, found {int(item.max())}"
-                )
+                raise SettingError(f"tokens must lie in 0..{self.config.vocab_size - 1}, found {int(item.max())}")
 
     # ---- training
 

@@ -32,13 +32,9 @@ ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base._
 DONE, FAILED, WRONG_USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 Preset = Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file like one.")]
-Settings = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
-]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
 DataRoot = Annotated[
     Path | None,
     typer.Option("--data-root", help="Where data sets lie; default $VGEN_DATA or ~/.cache/vgen/data."),
@@ -75,9 +71,7 @@ def train_generator(
     _train("generator", preset, settings, out, resume, data_root)
 
 
-def _train(
-    kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None
-) -> None:
+def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None) -> None:
     from vgen.training.config import load_config
 
     overrides = [*settings, *([f"data_root={data_root}"] if data_root else [])]
@@ -100,16 +94,12 @@ def sample(
         typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional."),
     ] = None,
     per_class: Annotated[int, typer.Option(help="Images per class.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     sampler: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is off; default 2.")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="linear (default) or constant.")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")
     ] = None,
@@ -121,13 +111,9 @@ def sample(
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
     ] = False,
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Repeat the request inside a PNG made by vgen.")
-    ] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Repeat the request inside a PNG made by vgen.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where present.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")] = None,
 ) -> None:
     """Sample images into files; each PNG carries the request that repeats it.
 
@@ -144,15 +130,11 @@ def sample(
     settings = {name: value for name, value in given.items() if value is not None}
     if source is not None:
         if classes is not None or per_class != 1:
-            raise typer.BadParameter(
-                "--from repeats the classes of its file: leave out --classes and --per-class"
-            )
+            raise typer.BadParameter("--from repeats the classes of its file: leave out --classes and --per-class")
         paths = _repeat(source, model, seed, sampler, settings, device, dtype, out, batch_size)
     else:
         if model is None:
-            raise typer.BadParameter(
-                "name a model ('vgen models' lists them), or repeat an image with --from FILE"
-            )
+            raise typer.BadParameter("name a model ('vgen models' lists them), or repeat an image with --from FILE")
         from vgen import batch, hub
 
         pipeline = hub.load(model, device=device, dtype=dtype)
@@ -219,9 +201,7 @@ def _parse_classes(text: str | None, pipeline: Any) -> list[int] | None:
         else:
             labels.append(part)
     if not labels:
-        raise typer.BadParameter(
-            f"--classes {text!r} names no class: write names, ids or ranges like sneaker,0-4"
-        )
+        raise typer.BadParameter(f"--classes {text!r} names no class: write names, ids or ranges like sneaker,0-4")
     return pipeline.label_ids(labels)
 
 
@@ -259,9 +239,7 @@ def convert(
 
 @app.command()
 def info(
-    path: Annotated[
-        str, typer.Argument(help="A PNG made by vgen, a model (name or folder) or a .safetensors file.")
-    ],
+    path: Annotated[str, typer.Argument(help="A PNG made by vgen, a model (name or folder) or a .safetensors file.")],
 ) -> None:
     """Print what a file holds, as JSON: the request in a picture, or a model's configuration and size.
 

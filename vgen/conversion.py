@@ -22,9 +22,7 @@ State = dict[str, Tensor]
 Source = str | Path | Mapping[str, Any]
 
 
-def convert(
-    family: str, *, transformer: Source, tokenizer: Source | None = None, **overrides: Any
-) -> Pipeline:
+def convert(family: str, *, transformer: Source, tokenizer: Source | None = None, **overrides: Any) -> Pipeline:
     """Turn published weights into a pipeline.
 
     Args:
@@ -40,9 +38,7 @@ def convert(
         raise SettingError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
     known = inspect.signature(FAMILIES[family]).parameters
     if unknown := [name for name in overrides if name not in known]:
-        raise SettingError(
-            f"unknown override {unknown[0]!r} for {family}: use one of {', '.join(list(known)[2:])}"
-        )
+        raise SettingError(f"unknown override {unknown[0]!r} for {family}: use one of {', '.join(list(known)[2:])}")
     return FAMILIES[family](transformer, tokenizer, **overrides)
 
 
@@ -138,9 +134,7 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
         "shared_adaln": "shared_ada_lin.1.weight" in state,
     }
     if sum(side * side for side in config["scales"]) != state["pos_1LC"].shape[1]:
-        raise CheckpointError(
-            f"scales {config['scales']} do not add up to the {state['pos_1LC'].shape[1]} positions"
-        )
+        raise CheckpointError(f"scales {config['scales']} do not add up to the {state['pos_1LC'].shape[1]} positions")
     renamed = {}
     for name, tensor in state.items():
         if not VAR_BUFFERS.match(name):
@@ -150,18 +144,14 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
             renamed[name] = renamed[name].squeeze(0)
     for name in list(renamed):
         if name.endswith(("adaln_table", "log_scale")):
-            renamed[name] = renamed[name].reshape(
-                renamed[name].shape[1:] if "log_scale" in name else (6, width)
-            )
+            renamed[name] = renamed[name].reshape(renamed[name].shape[1:] if "log_scale" in name else (6, width))
     return _build(VAR, config, renamed, "VAR transformer")
 
 
 def _scales_of(state: State) -> list[int]:
     """Sides of the scales from `lvl_1L`, the scale number of each position."""
     if "lvl_1L" not in state:
-        raise CheckpointError(
-            "the transformer has no lvl_1L, so its scales are unknown: give scales=[1, 2, ...]"
-        )
+        raise CheckpointError("the transformer has no lvl_1L, so its scales are unknown: give scales=[1, 2, ...]")
     lengths = torch.bincount(state["lvl_1L"].flatten().long()).tolist()
     sides = [round(length**0.5) for length in lengths]
     if [side * side for side in sides] != lengths:
@@ -181,9 +171,7 @@ VQ_NAMES = [
 
 
 def _multiscale_tokenizer(state: State, scales: list[int], phi_ratio: float) -> MultiScaleVQ:
-    _require(
-        state, "VAR tokenizer", "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight"
-    )
+    _require(state, "VAR tokenizer", "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight")
     vocab_size, code_dim = state["quantize.embedding.weight"].shape
     base, channels = state["encoder.conv_in.weight"].shape[:2]
     levels = _count(state, r"^encoder\.down\.(\d+)\.")
@@ -234,9 +222,7 @@ def _state(source: Source, role: str) -> State:
 
 def _require(state: State, kind: str, *names: str) -> None:
     if missing := [name for name in names if name not in state]:
-        raise CheckpointError(
-            f"not a {kind}: it lacks {', '.join(missing)} (it has {next(iter(state))}, ...)"
-        )
+        raise CheckpointError(f"not a {kind}: it lacks {', '.join(missing)} (it has {next(iter(state))}, ...)")
 
 
 def _count(state: State, pattern: str) -> int:
@@ -267,9 +253,7 @@ def _build(kind: type[ModelMixin], config: dict[str, Any], state: State, what: s
         parts += [f"{wrong[0]} is {given[wrong[0]]} instead of {wanted[wrong[0]]}"] if wrong else []
         raise CheckpointError(f"the {what} does not fit its own configuration: {'; '.join(parts)}")
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
-        raise CheckpointError(
-            f"the {what} holds values that are not numbers, in {_some(broken)}: get it again"
-        )
+        raise CheckpointError(f"the {what} holds values that are not numbers, in {_some(broken)}: get it again")
     model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
     return model.eval().requires_grad_(False).float()
 

@@ -97,9 +97,7 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("VGEN_DATA") or Path.home() / ".cache" / "vgen" / "data").expanduser()
 
 
-def open_source(
-    name: str, split: str, size: int, channels: int, root: str | Path | None = None
-) -> ImageSource:
+def open_source(name: str, split: str, size: int, channels: int, root: str | Path | None = None) -> ImageSource:
     """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
 
     The two data sets are downloaded into `root` when they are not there. A folder is its own train split unless it
@@ -127,9 +125,7 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
         ) from error
     pixels = found.data[:, None]
     if pixels.shape[-1] != size:
-        resized = torch.nn.functional.interpolate(
-            pixels.float(), (size, size), mode="bicubic", antialias=True
-        )
+        resized = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
         pixels = resized.round().clamp(0, 255).to(torch.uint8)
     return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), class_names)
 
@@ -153,9 +149,7 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
             f"no images in {folder}: expected one folder per class with files like {folder / 'cats' / '1.png'}"
         )
     names = [entry.name for entry in classes]
-    return FolderSource(
-        [path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels
-    )
+    return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingError("device is 'cuda', but no GPU is visible: use device='cpu'")
-    kind = (
-        parse_dtype(dtype) if dtype is not None else torch.float32 if chosen.type == "cpu" else torch.bfloat16
-    )
+    kind = parse_dtype(dtype) if dtype is not None else torch.float32 if chosen.type == "cpu" else torch.bfloat16
     pipeline_class, components, config = _read_index(folder)
     parts = {role: _load_component(cls, folder / role, kind) for role, cls in components.items()}
     pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
@@ -63,14 +61,10 @@ def find(name: str) -> Path:
         if folder is not None and (folder / "model_index.json").is_file():
             return folder
     if Path(name).expanduser().exists():
-        raise SettingError(
-            f"{name} holds no model_index.json: give the folder that 'vgen convert' or training wrote"
-        )
+        raise SettingError(f"{name} holds no model_index.json: give the folder that 'vgen convert' or training wrote")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
-    raise SettingError(
-        f"unknown model {name!r}: use {', '.join(list_models())}, a folder, or a Hub id like user/model"
-    )
+    raise SettingError(f"unknown model {name!r}: use {', '.join(list_models())}, a folder, or a Hub id like user/model")
 
 
 def _download(name: str) -> Path:
@@ -100,9 +94,7 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
     known = {(cls.__module__, cls.__name__): cls for cls in COMPONENTS}
     strangers = [str(found) for found in components.values() if found not in known]
     if name not in PIPELINES or strangers:
-        raise CheckpointError(
-            f"{path} names {(strangers or [name])[0]}, which is no part of this version of vgen"
-        )
+        raise CheckpointError(f"{path} names {(strangers or [name])[0]}, which is no part of this version of vgen")
     config = {key: value for key, value in index.items() if key[0] != "_"}
     return PIPELINES[name], {role: known[found] for role, found in components.items()}, config
 
@@ -110,16 +102,12 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
 def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A model whose weights are all there and all used. Raises CheckpointError."""
     try:
-        model, report = cls.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        model, report = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot load {folder}: {lines[0]}; get the model again") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := list(report.get(problem) or []):
             words = problem.replace("_keys", "")
-            raise CheckpointError(
-                f"{folder} has {len(found)} {words} tensors, such as {found[0]}: get the model again"
-            )
+            raise CheckpointError(f"{folder} has {len(found)} {words} tensors, such as {found[0]}: get the model again")
     return model.eval()

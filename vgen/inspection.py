@@ -52,9 +52,7 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     headers = [safetensors_header(file) for file in files]
     if None in headers:
         raise CheckpointError(f"{files[headers.index(None)]} is damaged or truncated: get the model again")
-    shapes = [
-        entry["shape"] for header in headers if header for name, entry in header.items() if name[0] != "_"
-    ]
+    shapes = [entry["shape"] for header in headers if header for name, entry in header.items() if name[0] != "_"]
     return {
         "pipeline": index.get("_class_name"),
         "classes": list((index.get("id2label") or {}).values()),

@@ -34,9 +34,7 @@ def read_request(path: Path) -> Request:
     try:
         with Image.open(path) as image:
             if image.format != "PNG":
-                raise SettingError(
-                    f"{path} is {image.format}, and only PNG files made by vgen carry a request"
-                )
+                raise SettingError(f"{path} is {image.format}, and only PNG files made by vgen carry a request")
             image.load()  # text chunks may stand behind the pixels
             text = getattr(image, "text", {}).get(KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -44,13 +42,9 @@ def read_request(path: Path) -> Request:
             raise
         raise SettingError(f"{path} is not a readable picture: {error}") from error
     if not text:
-        raise SettingError(
-            f"{path} carries no vgen request: it was not made by vgen, or its metadata was stripped"
-        )
+        raise SettingError(f"{path} carries no vgen request: it was not made by vgen, or its metadata was stripped")
     if len(text) > MAX_REQUEST_CHARACTERS:
-        raise SettingError(
-            f"{path} carries a request of {len(text)} characters, over {MAX_REQUEST_CHARACTERS}"
-        )
+        raise SettingError(f"{path} carries a request of {len(text)} characters, over {MAX_REQUEST_CHARACTERS}")
     return Request.from_json(text)
 
 

@@ -18,9 +18,7 @@ class Progress:
         self.note = ""
         self.every = max(1, total // lines)
         terminal = sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=total, initial=start, desc=label, unit=f" {unit}", leave=True) if terminal else None
-        )
+        self.bar = tqdm(total=total, initial=start, desc=label, unit=f" {unit}", leave=True) if terminal else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` finished units; `note` is shown beside them."""

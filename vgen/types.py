@@ -37,15 +37,11 @@ class Step:
 class Output:
     """What a pipeline returns for a batch of B samples."""
 
-    images: (
-        Any  # list of PIL images, (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; latents for "latent"
-    )
+    images: Any  # list of PIL images, (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; latents for "latent"
     tokens: Any  # as in Step
     evaluations: int
     seconds: float  # wall clock, decoding included
-    seeds: (
-        list[int] | None
-    )  # one per sample, also where they were chosen at random; None with a torch.Generator
+    seeds: list[int] | None  # one per sample, also where they were chosen at random; None with a torch.Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +77,7 @@ class Request:
     def from_json(cls, text: str) -> "Request":
         """Parse what `to_json` wrote; keys of later versions are ignored. Raises SettingError for anything else."""
         if len(text) > MAX_REQUEST_CHARACTERS:
-            raise SettingError(
-                f"a request of {len(text)} characters is over the limit of {MAX_REQUEST_CHARACTERS}"
-            )
+            raise SettingError(f"a request of {len(text)} characters is over the limit of {MAX_REQUEST_CHARACTERS}")
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -110,7 +104,7 @@ def _check_types(values: dict[str, Any]) -> None:
         "seeds": (integers, "a list of integers"),
         "sampler": (lambda value: value is None or text(value), "a string or null"),
         "settings": (lambda value: isinstance(value, dict), "an object"),
-        **{name: (text, "a string") for name in ("vgen", "checkpoint", "dtype", "device")},
+        **dict.fromkeys(("vgen", "checkpoint", "dtype", "device"), (text, "a string")),
     }
     for name in ("model", "seeds"):
         if name not in values:

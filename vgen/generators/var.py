@@ -94,9 +94,7 @@ class Block(nn.Module):
         modulation = rows.float().unflatten(-1, (6, 1, -1)).transpose(0, 1)  # (6, B, 1, D)
         return torch.cat([modulation[:2], modulation[2:4] + 1, modulation[4:]])
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         dtype = self.ffn.fc1.weight.dtype
         x = self.add(x, gate1, self.attn(modulate(x, scale1, shift1).to(dtype), mask, cache, layer))
@@ -181,9 +179,7 @@ class VAR(ModelMixin, ConfigMixin):
         """An empty cache for one call over `batch` rows (guidance needs two per sample)."""
         config, weight = self.config, self.head.weight
         head_dim = config.width // config.heads
-        return KVCache(
-            config.depth, batch, config.heads, self.num_tokens, head_dim, weight.device, weight.dtype
-        )
+        return KVCache(config.depth, batch, config.heads, self.num_tokens, head_dim, weight.device, weight.dtype)
 
     def forward(self, context: Tensor, condition: Condition | Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, n, V) float32.

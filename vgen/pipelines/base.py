@@ -125,18 +125,12 @@ class Pipeline(DiffusionPipeline):
             wanted = label.strip().lower()
             names = {name.lower(): index for index, name in reversed(list(enumerate(self.class_names)))}
             # "tench" finds "tench, Tinca tinca"
-            names |= {
-                part.strip(): index for name, index in names.items() for part in name.split(",")
-            } | names
+            names |= {part.strip(): index for name, index in names.items() for part in name.split(",")} | names
             if wanted in names:
                 return names[wanted]
             if not wanted.lstrip("-").isdigit():
                 near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-                hint = (
-                    f"did you mean {' or '.join(near)}?"
-                    if near
-                    else f"classes: {', '.join(self.class_names[:20])}"
-                )
+                hint = f"did you mean {' or '.join(near)}?" if near else f"classes: {', '.join(self.class_names[:20])}"
                 raise SettingError(f"unknown class {label!r}: {hint}")
             label = int(wanted)
         if isinstance(label, bool) or not 0 <= int(label) <= last:

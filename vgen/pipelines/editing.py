@@ -18,13 +18,7 @@ def to_pixels(image: Any, size: int) -> Tensor:
         image = np.array(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image)
-        image = (
-            image.expand(3, -1, -1)
-            if image.ndim == 2
-            else image.permute(2, 0, 1)
-            if image.ndim == 3
-            else image
-        )
+        image = image.expand(3, -1, -1) if image.ndim == 2 else image.permute(2, 0, 1) if image.ndim == 3 else image
     if not isinstance(image, Tensor):
         raise SettingError(f"image is a {type(image).__name__}: give a PIL image, an array or a tensor")
     image = image[None] if image.ndim == 3 else image
@@ -45,9 +39,7 @@ def to_mask(mask: Any, size: int) -> Tensor:
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L")) > 127
     mask = torch.as_tensor(np.array(mask) if not isinstance(mask, Tensor) else mask)
-    mask = (
-        mask.reshape(mask.shape[-2:]) if mask.ndim > 2 and mask.numel() == mask.shape[-2:].numel() else mask
-    )
+    mask = mask.reshape(mask.shape[-2:]) if mask.ndim > 2 and mask.numel() == mask.shape[-2:].numel() else mask
     if mask.shape != (size, size):
         raise SettingError(
             f"the mask has shape {tuple(mask.shape)}, the image is {size}x{size}: give one value a pixel"
@@ -69,9 +61,7 @@ def keep_masks(painted: Tensor, scales: Sequence[int]) -> list[Tensor]:
     masks = []
     for scale in scales:
         resized = F.interpolate(kept, size=(scale, scale), mode="bilinear") if scale != side else kept
-        masks.append(
-            (resized > 0.5).flatten() if scale * scale > 3 else torch.ones(scale * scale, dtype=torch.bool)
-        )
+        masks.append((resized > 0.5).flatten() if scale * scale > 3 else torch.ones(scale * scale, dtype=torch.bool))
     return masks
 
 

@@ -36,9 +36,7 @@ class NextScalePipeline(Pipeline):
             for name in ("scales", "vocab_size", "code_dim"):
                 ours, theirs = tokenizer.config[name], generator.config[name]
                 if list(ours) != list(theirs) if name == "scales" else ours != theirs:
-                    raise SettingError(
-                        f"tokenizer and generator do not fit: {name} is {ours} against {theirs}"
-                    )
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
@@ -116,14 +114,10 @@ class NextScalePipeline(Pipeline):
         output = self.run(steps, rng, "pt")
         generated = output.images.mul(255).round().to(torch.uint8)
         token = self.tokenizer.image_size // self.tokenizer.scales[-1]
-        blended = composite(
-            original.to(generated.device), generated, painted.to(generated.device), token // 2
-        )
+        blended = composite(original.to(generated.device), generated, painted.to(generated.device), token // 2)
         return dataclasses.replace(output, images=self.render(blended, output_type))
 
-    def stream_edit(
-        self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any
-    ) -> Iterator[Step]:
+    def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
         """The steps of `edit`, before compositing."""
         size = self.tokenizer.image_size
         return self._begin_edit(to_pixels(image, size), to_mask(mask, size), class_labels, **settings)[0]

@@ -26,9 +26,7 @@ class TrainingConfig:
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
     tokenizer: str | None = None  # folder of the trained tokenizer, for generators
     image_size: int = 0  # tokenizers: 0 takes what the model implies
-    flip: bool = (
-        False  # horizontal flips: at random for tokenizers, as a second copy of the tokens for generators
-    )
+    flip: bool = False  # horizontal flips: at random for tokenizers, as a second copy of the tokens for generators
     crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
 
     steps: int
@@ -85,9 +83,7 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % self.accumulation:
-            raise SettingError(
-                f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
-            )
+            raise SettingError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
         if self.kind == "generator" and not self.tokenizer:
@@ -105,9 +101,7 @@ def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = N
     """
     path = PRESETS / f"{preset}.yaml" if preset in list_presets() else Path(preset)
     if not path.is_file():
-        raise SettingError(
-            f"no preset {preset!r}: use one of {', '.join(list_presets())}, or the path of a YAML file"
-        )
+        raise SettingError(f"no preset {preset!r}: use one of {', '.join(list_presets())}, or the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -118,9 +112,7 @@ def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = N
         _apply(values, override)
     config = _build(values, str(path))
     if kind and config.kind != kind:
-        raise SettingError(
-            f"{preset} trains a {config.kind}: use 'vgen train {config.kind} --preset {preset}'"
-        )
+        raise SettingError(f"{preset} trains a {config.kind}: use 'vgen train {config.kind} --preset {preset}'")
     return config
 
 
@@ -166,18 +158,13 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif (
-        wanted is int
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value == int(value)
-    ):
+    elif wanted is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
         return int(value)
     elif wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    elif wanted == (str | None) and (value is None or isinstance(value, str)):
-        return value
-    elif wanted is bool and isinstance(value, bool):
+    elif (wanted == (str | None) and (value is None or isinstance(value, str))) or (
+        wanted is bool and isinstance(value, bool)
+    ):
         return value
     elif wanted == list[float] and isinstance(value, list):
         return [float(item) for item in value]

@@ -28,9 +28,7 @@ class GeneratorTask:
 
     def __init__(self, config: TrainingConfig) -> None:
         if config.family not in FAMILIES:
-            raise SettingError(
-                f"unknown generator family {config.family!r}: use one of {', '.join(FAMILIES)}"
-            )
+            raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(FAMILIES)}")
         self.config = config
         self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
         self.tokenizer = MultiScaleVQ.from_pretrained(self.tokenizer_folder).eval().requires_grad_(False)
@@ -52,9 +50,7 @@ class GeneratorTask:
             )
         except TypeError as error:
             raise SettingError(f"model settings of {config.name}: {error}") from error
-        self.model.init_weights(
-            **({"gate": config.model["init_gate"]} if "init_gate" in config.model else {})
-        )
+        self.model.init_weights(**({"gate": config.model["init_gate"]} if "init_gate" in config.model else {}))
         self.lengths = [side * side for side in self.tokenizer.scales]
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -85,9 +81,7 @@ class GeneratorTask:
             rows = slice(start, start + 250)
             tokens = torch.from_numpy(self.test_tokens[rows].astype(np.int64)).to(self.model.device)
             logits = self.model(self._context(tokens), self.test_labels[rows].to(self.model.device))
-            losses.append(
-                F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-            )
+            losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape))
         loss = torch.cat(losses)
         return {"test_loss": float(loss.mean()), "test_loss_tail": float(loss[:, -self.lengths[-1] :].mean())}
 
@@ -171,6 +165,4 @@ def _tokenizer_folder(name: str) -> Path:
     for candidate in (folder, folder / "tokenizer", folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
-    raise SettingError(
-        f"no tokenizer in {folder}: train one, and name its folder with --set tokenizer=FOLDER"
-    )
+    raise SettingError(f"no tokenizer in {folder}: train one, and name its folder with --set tokenizer=FOLDER")

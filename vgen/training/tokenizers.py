@@ -24,9 +24,7 @@ class TokenizerTask:
 
     def __init__(self, config: TrainingConfig) -> None:
         if config.family not in FAMILIES:
-            raise SettingError(
-                f"unknown tokenizer family {config.family!r}: use one of {', '.join(FAMILIES)}"
-            )
+            raise SettingError(f"unknown tokenizer family {config.family!r}: use one of {', '.join(FAMILIES)}")
         torch.manual_seed(config.seed)
         self.config = config
         try:
@@ -49,9 +47,7 @@ class TokenizerTask:
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         return (images.contiguous(memory_format=torch.channels_last),)
 
-    def loss(
-        self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch
         reconstruction, quantiser, self.residuals = model(images)
         error = reconstruction.float() - images
@@ -67,9 +63,7 @@ class TokenizerTask:
             # every scale has an equal say, though the finest has most of the vectors
             drawn = [r[torch.randint(len(r), (512,), generator=rng).to(r.device)] for r in self.residuals]
             codebook = self.model.codebook
-            codebook.restart(
-                torch.cat(drawn), threshold=float("inf") if step == 1 else DEAD_BELOW, generator=rng
-            )
+            codebook.restart(torch.cat(drawn), threshold=float("inf") if step == 1 else DEAD_BELOW, generator=rng)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.broadcast(codebook.weight.data, 0)
                 torch.distributed.broadcast(codebook.usage, 0)
@@ -89,9 +83,7 @@ class TokenizerTask:
         images = to_model_range(self.held_out.images(range(min(32, len(self.held_out.labels)))))
         rebuilt = self.model.decode(self.model.encode(images)).cpu()
         originals, copies = (to_pil(to_uint8(x.expand(-1, 3, -1, -1))) for x in (images, rebuilt))
-        rows = [
-            row for i in range(0, len(originals), 16) for row in (originals[i : i + 16], copies[i : i + 16])
-        ]
+        rows = [row for i in range(0, len(originals), 16) for row in (originals[i : i + 16], copies[i : i + 16])]
         return contact_sheet([tile for row in rows for tile in row], 16, sheet_zoom(self.model.image_size))
 
     def export(self, folder: Path, card: str) -> None:

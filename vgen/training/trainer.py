@@ -89,9 +89,7 @@ class StepBatches(Dataset):
 
     def __getitem__(self, item: int) -> Any:
         positions = item * self.size + np.arange(self.size)[self.rank :: self.world]
-        indices = [
-            self._epoch(int(p) // self.task.num_examples)[int(p) % self.task.num_examples] for p in positions
-        ]
+        indices = [self._epoch(int(p) // self.task.num_examples)[int(p) % self.task.num_examples] for p in positions]
         return self.task.batch(np.array(indices), seed=_mix(self.config.seed, item * self.world + self.rank))
 
     def _epoch(self, epoch: int) -> np.ndarray:
@@ -233,9 +231,7 @@ class Trainer:
         batches = StepBatches(self.task, self.config, self.accelerator.process_index, world)
         order = range(self.step * self.config.accumulation, len(batches))
         workers = self.config.workers
-        return DataLoader(
-            batches, batch_size=None, sampler=order, num_workers=workers, persistent_workers=workers > 0
-        )
+        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, persistent_workers=workers > 0)
 
     def _one_step(self, loader: Iterator[Any]) -> dict[str, Tensor]:
         config, device = self.config, self.accelerator.device
@@ -356,15 +352,11 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
         {"params": plain, "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
     if matrices:
         lr = config.muon_lr or 1.5 * config.lr
         decay = config.weight_decay
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

@@ -4,6 +4,7 @@ Module names follow the published checkpoints, so their tensors load by name. Kn
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +72,13 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(self, width_in: int, width_out: int, blocks: int, attention: bool, groups: int) -> None:
         super().__init__()
         widths = [width_in] + [width_out] * blocks
-        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,12 +116,13 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
+        down = []
         for i, width in enumerate(widths):
             level = Level(widths[max(i - 1, 0)], width, blocks, i in attention, groups)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
-            self.down.append(level)
+            down.append(level)
+        self.down: Sequence[Level] = nn.ModuleList(down)  # type: ignore[assignment]
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], code_dim, 3, padding=1)
@@ -147,12 +152,13 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList()  # index 0 is the highest resolution, as published; traversed from the other end
+        up = []  # index 0 is the highest resolution, as published; traversed from the other end
         for i, width in enumerate(widths):
             level = Level(widths[min(i + 1, last)], width, blocks + 1, i in attention, groups)
             if i > 0:
                 level.upsample = Upsample(width)
-            self.up.append(level)
+            up.append(level)
+        self.up: Sequence[Level] = nn.ModuleList(up)  # type: ignore[assignment]
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 

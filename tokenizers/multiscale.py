@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vgen.tokenizers.backbone import Decoder, Encoder, grey
@@ -29,7 +29,7 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     return int(np.abs(ticks - scale / max(num_scales - 1, 1)).argmin())
 
 
-class MultiScaleVQ(ModelMixin, ConfigMixin):
+class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Images to K token maps and back.
 
     Args:
@@ -46,7 +46,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         phi_ratio: weight of a residual convolution against the identity.
     """
 
-    _keep_in_fp32_modules = ("codebook", "phi")
+    _keep_in_fp32_modules = ("codebook", "phi")  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -75,7 +75,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
         self.quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.codebook = Codebook(vocab_size, code_dim, sites=len(self.scales))
-        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi))
+        phi = [nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi)]
+        self.phi: Sequence[nn.Conv2d] = nn.ModuleList(phi)  # type: ignore[assignment]
 
     @property
     def code_vectors(self) -> Tensor:
@@ -86,7 +87,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     def encode_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] (one channel will do for a grey tokenizer) -> latent (B, C, H, W) float32."""
-        size, channels = self.image_size, self.config.image_channels
+        size, channels = self.image_size, self.config["image_channels"]
         if images.ndim != 4 or images.shape[-2:] != (size, size) or images.shape[1] not in (3, channels):
             raise SettingError(
                 f"images have shape {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size}): resize or crop"
@@ -164,7 +165,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
             grid = F.interpolate(grid, size=(full, full), mode="bicubic")
         phi = self.phi[phi_index(scale, len(self.scales), len(self.phi))]
         with torch.autocast(grid.device.type, enabled=False):
-            smoothed = F.conv2d(grid, phi.weight.float(), phi.bias.float(), padding=1)
+            bias = None if phi.bias is None else phi.bias.float()
+            smoothed = F.conv2d(grid, phi.weight.float(), bias, padding=1)
         return latent + grid * (1 - self.phi_ratio) + smoothed * self.phi_ratio
 
     def read_scale(self, latent: Tensor, scale: int) -> Tensor:
@@ -185,8 +187,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
                 f"tokens have shapes {shapes}, expected (B, n_k) with n_k from {[side**2 for side in self.scales]}"
             )
         for item in tokens:
-            if item.numel() and not 0 <= int(item.min()) <= int(item.max()) < self.config.vocab_size:
-                raise SettingError(f"tokens must lie in 0..{self.config.vocab_size - 1}, found {int(item.max())}")
+            last, found = self.config["vocab_size"] - 1, [int(item.min()), int(item.max())]
+            if not 0 <= found[0] <= found[1] <= last:
+                raise SettingError(f"tokens must lie in 0..{last}, found {found[0]}..{found[1]}")
 
     # ---- training
 

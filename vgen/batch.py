@@ -82,5 +82,5 @@ def from_request(request: Request, seed: int | None = None) -> list[Item]:
     """The items that a request read from a file describes, with other seeds from `seed` on when given."""
     if seed is not None:
         request = dataclasses.replace(request, seeds=[seed + i for i in range(len(request.seeds))])
-    labels = request.class_labels or [None] * len(request.seeds)
+    labels: Sequence[int | None] = request.class_labels or [None] * len(request.seeds)
     return [Item(i, label, s) for i, (label, s) in enumerate(zip(labels, request.seeds, strict=True))]

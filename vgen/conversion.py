@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from vgen.files import atomic_folder, read_tensors, sha256
@@ -54,13 +54,14 @@ def convert_var(
     """VAR (var_d16 ... var_d36, or any other size) and its tokenizer (vae_ch160v4096z32, or any other size).
 
     `scales` overrides what the checkpoint's `lvl_1L` says; `heads` serves checkpoints without the q/k norm, which are
-    taken to have heads of width 64; `phi_ratio` (the weight of the residual convolutions) is in no tensor. VAR's published cfg = c is guidance_scale = 1 + c here.
+    taken to have heads of width 64; `phi_ratio` (the weight of the residual convolutions) is in no tensor.
+    VAR's published cfg = c is guidance_scale = 1 + c here.
     """
     generator = _var_generator(_state(transformer, "transformer"), scales, heads)
     converted = None
     if tokenizer is not None:
         state = _state(tokenizer, "tokenizer")
-        converted = _multiscale_tokenizer(state, list(generator.config.scales), phi_ratio)
+        converted = _multiscale_tokenizer(state, list(generator.config["scales"]), phi_ratio)
     names = dict(enumerate(class_names)) if class_names else None
     return NextScalePipeline(converted, generator, id2label=names)
 
@@ -122,7 +123,7 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
     depth = _count(state, r"^blocks\.(\d+)\.")
     qk_norm = "blocks.0.attn.scale_mul_1H11" in state
     heads = state["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else heads or width // 64  # as published
-    config = {
+    config: dict[str, Any] = {
         "scales": scales or _scales_of(state),
         "vocab_size": state["head.weight"].shape[0],
         "code_dim": code_dim,

@@ -5,6 +5,7 @@ Every source gives uint8 batches by index, so that a training step depends on (s
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,8 +39,13 @@ BUILT_IN = {
 class ImageSource(Protocol):
     """A labelled set of square images of one size."""
 
-    labels: Tensor  # (N,) int64
-    class_names: list[str]
+    @property
+    def labels(self) -> Tensor:
+        """Class ids (N,) int64."""
+        ...
+
+    @property
+    def class_names(self) -> list[str]: ...
 
     def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
         """Images (B, C, S, S) uint8; with `crop_seed` a random crop where the source has room for one."""
@@ -112,10 +118,8 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
     from torchvision import datasets  # slow to import, and not needed for folders
 
     class_name, class_names = BUILT_IN[name]
-    try:
+    with suppress(OSError):  # a read-only place is fine where the files are there already
         root.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass  # a read-only place is fine where the files are there already
     try:
         found = getattr(datasets, class_name)(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:

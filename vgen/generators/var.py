@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vgen.layers import KVCache, attention
@@ -119,7 +119,7 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=1e-12)
 
 
-class VAR(ModelMixin, ConfigMixin):
+class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """The VAR transformer.
 
     Args:
@@ -162,7 +162,8 @@ class VAR(ModelMixin, ConfigMixin):
         self.scale_embed = nn.Embedding(len(self.scales), width)
         self.adaln = nn.Linear(width, 6 * width) if shared_adaln else None
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, qk_norm, shared_adaln, rate) for rate in rates)
+        blocks = [Block(width, heads, qk_norm, shared_adaln, rate) for rate in rates]
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head_adaln = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, vocab_size)
 
@@ -177,9 +178,9 @@ class VAR(ModelMixin, ConfigMixin):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for one call over `batch` rows (guidance needs two per sample)."""
-        config, weight = self.config, self.head.weight
-        head_dim = config.width // config.heads
-        return KVCache(config.depth, batch, config.heads, self.num_tokens, head_dim, weight.device, weight.dtype)
+        width, heads, weight = self.config["width"], self.config["heads"], self.head.weight
+        layers = len(self.blocks)
+        return KVCache(layers, batch, heads, self.num_tokens, width // heads, weight.device, weight.dtype)
 
     def forward(self, context: Tensor, condition: Condition | Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, n, V) float32.
@@ -223,7 +224,7 @@ class VAR(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def init_weights(self, gate: float = 1e-3) -> None:
         """Initialise for training as published: normal with std sqrt(1 / 3D), small head, gates scaled by `gate`."""
-        width, depth = self.config.width, self.config.depth
+        width, depth = self.config["width"], self.config["depth"]
         std = (1 / width / 3) ** 0.5
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -237,9 +238,8 @@ class VAR(ModelMixin, ConfigMixin):
         for block in self.blocks:
             block.attn.proj.weight.div_((2 * depth) ** 0.5)
             block.ffn.fc2.weight.div_((2 * depth) ** 0.5)
-            table = block.adaln_table if self.adaln is not None else block.adaln.weight
             if self.adaln is not None:
-                nn.init.normal_(table, std=width**-0.5)
-            rows = table.view(6, -1)
+                nn.init.normal_(block.adaln_table, std=width**-0.5)
+            rows = (block.adaln.weight if self.adaln is None else block.adaln_table).view(6, -1)
             rows[:2].mul_(gate)
             rows[2:].mul_(0.5)

@@ -76,7 +76,7 @@ class NextScalePipeline(Pipeline):
         if sampler not in (None, *SAMPLERS):
             raise SettingError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
         self.check_tokenizer()
-        chosen = check_settings(settings, self.generator.config.vocab_size)
+        chosen = check_settings(settings, self.generator.config["vocab_size"])
         labels, rng = self.inputs(class_labels, seeds, generator)
         steps = next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation)
         return self._without_gradients(steps), rng
@@ -86,7 +86,7 @@ class NextScalePipeline(Pipeline):
         yield from steps
 
     def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return dataclasses.asdict(check_settings(settings, self.generator.config.vocab_size))
+        return dataclasses.asdict(check_settings(settings, self.generator.config["vocab_size"]))
 
     # ---- editing
 

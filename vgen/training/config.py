@@ -95,7 +95,7 @@ def list_presets() -> list[str]:
 
 
 def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = None) -> TrainingConfig:
-    """Read a preset by name or by path of a YAML file, and apply overrides of the form "key=value" or "model.key=value".
+    """Read a preset by name or by path of a YAML file, and apply overrides: "key=value" or "model.key=value".
 
     Raises SettingError for an unknown preset, key or value.
     """

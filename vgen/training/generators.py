@@ -32,7 +32,7 @@ class GeneratorTask:
         self.config = config
         self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
         self.tokenizer = MultiScaleVQ.from_pretrained(self.tokenizer_folder).eval().requires_grad_(False)
-        size, channels = self.tokenizer.image_size, self.tokenizer.config.image_channels
+        size, channels = self.tokenizer.image_size, self.tokenizer.config["image_channels"]
         train = open_source(config.data, "train", size, channels, config.data_root)
         test = open_source(config.data, "test", size, channels, config.data_root)
         self.class_names = train.class_names
@@ -43,8 +43,8 @@ class GeneratorTask:
         try:
             self.model = FAMILIES[config.family](
                 scales=self.tokenizer.scales,
-                vocab_size=self.tokenizer.config.vocab_size,
-                code_dim=self.tokenizer.config.code_dim,
+                vocab_size=self.tokenizer.config["vocab_size"],
+                code_dim=self.tokenizer.config["code_dim"],
                 num_classes=len(self.class_names),
                 **{name: value for name, value in config.model.items() if name != "init_gate"},
             )
@@ -120,7 +120,7 @@ class GeneratorTask:
         path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
         if not path.exists():
             lengths = sum(side * side for side in tokenizer.scales)
-            dtype = np.uint16 if tokenizer.config.vocab_size <= 1 << 16 else np.int32
+            dtype = np.uint16 if tokenizer.config["vocab_size"] <= 1 << 16 else np.int32
             with atomic_file(path) as partial:
                 shape = (copies * crops * len(source.labels), lengths)
                 stored = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)

@@ -31,7 +31,7 @@ class TokenizerTask:
             self.model = FAMILIES[config.family](**config.model)
         except TypeError as error:
             raise SettingError(f"model settings of {config.name}: {error}") from error
-        size, channels = self.model.image_size, self.model.config.image_channels
+        size, channels = self.model.image_size, self.model.config["image_channels"]
         if config.image_size not in (0, size):
             raise SettingError(f"image_size is {config.image_size}, but the model's scales give {size}")
         self.source = open_source(config.data, "train", size, channels, config.data_root)

@@ -161,7 +161,7 @@ class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.position = nn.Parameter(torch.zeros(self.num_tokens, width))
         self.scale_embed = nn.Embedding(len(self.scales), width)
         self.adaln = nn.Linear(width, 6 * width) if shared_adaln else None
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         blocks = [Block(width, heads, qk_norm, shared_adaln, rate) for rate in rates]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head_adaln = nn.Linear(width, 2 * width)

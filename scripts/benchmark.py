@@ -1,0 +1,196 @@
+"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`.
+
+Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
+be trusted more than seconds across machines.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def benchmark() -> None:
+    """Measure vgen on this machine."""
+
+
+# ---- VAR-d16 at 256 px with random weights
+
+TOKENIZER = {
+    "scales": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
+    "vocab_size": 4096,
+    "code_dim": 32,
+    "base_channels": 160,
+    "channel_multipliers": [1, 1, 2, 2, 4],
+}
+TRANSFORMER = {"num_classes": 1000, "width": 1024, "depth": 16, "heads": 16}
+GUIDANCE = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96}  # the published protocol's cfg = 1.5
+
+
+@app.command("var")
+def compare_var(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed runs per configuration, after one to warm up.")] = 2,
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plans: Annotated[str, typer.Option(help="Which loops: published,recomputed,cached.")] = "published,recomputed,cached",
+) -> None:
+    """VAR-d16 at 256 px, random weights: our cached loop against recomputation and against the published loop.
+
+    "published" is our rewrite of how the published code spends its time: keys and values concatenated at every scale,
+    modulations computed at every scale, a contiguous (NCHW) decoder, float32. Same tokens as ours.
+    """
+    rows = []
+    for batch in [int(size) for size in batches.split(",")]:
+        for dtype in ("float32", "bfloat16"):
+            for plan in plans.split(","):
+                if plan == "published" and dtype != "float32":
+                    continue  # published CPU inference is float32
+                job = {"plan": plan, "batch": batch, "dtype": dtype, "threads": threads, "device": device}
+                rows.append(job | _measure_apart("var", job | {"repeats": repeats}))
+                print(f"measured {plan} {dtype} batch {batch}", file=sys.stderr)
+    _print_var(rows)
+
+
+def _print_var(rows: list[dict[str, Any]]) -> None:
+    print(f"{'loop':11} {'dtype':9} {'batch':>5} {'transformer':>12} {'decoder':>8} {'s/image':>8} {'speed-up':>9}", end=" ")
+    print(f"{'peak memory':>12} {'matmul peak':>12} {'share: transformer':>19} {'decoder':>8} {'both':>6}  tokens")
+    for row in rows:
+        base = [r for r in rows if r["plan"] == "published" and r["batch"] == row["batch"]] or rows[:1]
+        seconds = row["transformer_s"] + row["decoder_s"]
+        times = (base[0]["transformer_s"] + base[0]["decoder_s"]) / seconds
+        peak = row["peak_gflops"]
+        parts = [row[f"{part}_gflop"] / row[f"{part}_s"] / peak for part in ("transformer", "decoder")]
+        both = (row["transformer_gflop"] + row["decoder_gflop"]) / seconds / peak
+        print(f"{row['plan']:11} {row['dtype']:9} {row['batch']:5} {row['transformer_s']:10.2f} s", end=" ")
+        print(f"{row['decoder_s']:6.2f} s {seconds / row['batch']:8.2f} {times:8.2f}x", end=" ")
+        print(f"{row['memory_gb']:9.2f} GB {peak:7.0f} GF/s {parts[0]:18.0%} {parts[1]:9.0%} {both:6.0%}  {row['tokens']}")
+
+
+def _run_var(job: dict[str, Any]) -> dict[str, Any]:
+    """Time one configuration in this process."""
+    import hashlib
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vgen.generators.var import VAR
+    from vgen.pipelines.next_scale import NextScalePipeline
+    from vgen.tokenizers.multiscale import MultiScaleVQ
+
+    torch.set_num_threads(job["threads"])
+    dtype, device, batch = getattr(torch, job["dtype"]), job["device"], job["batch"]
+    peak = _matmul_peak(dtype, device)
+    tokenizer = _random_model(lambda: MultiScaleVQ(**TOKENIZER), dtype, device)
+    size = {name: TOKENIZER[name] for name in ("scales", "vocab_size", "code_dim")}
+    generator = _random_model(lambda: VAR(**size, **TRANSFORMER), dtype, device)
+    pipeline = NextScalePipeline(tokenizer, generator)
+    if job["plan"] == "published":
+        from published_loops import PublishedVAR
+
+        tokenizer.to(memory_format=torch.contiguous_format)
+        pipeline.generator = PublishedVAR(generator)
+    elif job["plan"] == "recomputed":
+        from published_loops import RecomputedVAR
+
+        pipeline.generator = RecomputedVAR(generator)
+
+    def sample() -> Any:
+        for step in pipeline.stream(class_labels=list(range(batch)), seeds=list(range(batch)), **GUIDANCE):
+            last = step
+        return last
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        step = sample()
+    transformer_flop = counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pipeline.decode(step)
+    times = [(_seconds(sample, device), _seconds(lambda: pipeline.decode(step), device)) for _ in range(job["repeats"])]
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "transformer_s": min(first for first, _ in times),
+        "decoder_s": min(second for _, second in times),
+        "transformer_gflop": transformer_flop / 1e9,
+        "decoder_gflop": counter.get_total_flops() / 1e9,
+        "memory_gb": memory / 1e9,
+        "peak_gflops": peak,
+        "tokens": hashlib.sha256(torch.cat(step.tokens, 1).cpu().numpy().tobytes()).hexdigest()[:8],
+    }
+
+
+# ---- measuring
+
+
+def _random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
+    """A model with small random weights, the same in every dtype up to rounding, made without a float32 copy."""
+    import torch
+
+    with torch.device("meta"):
+        model = build()
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, module in model.named_children():
+        model._modules[name] = module.to_empty(device=device).to(torch.float32 if name in kept else dtype)
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            model._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1)
+            elif parameter.ndim < 2:
+                parameter.zero_()
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) / fan_in**0.5)
+        for buffer in model.buffers():
+            buffer.zero_()
+    return model.eval().requires_grad_(False)
+
+
+def _matmul_peak(dtype: Any, device: str, size: int = 2048) -> float:
+    """Best of several square matrix multiplications, GFLOP/s: what this machine can do at most."""
+    import torch
+
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    best = min(_seconds(lambda: a @ b, device) for _ in range(8))
+    return 2 * size**3 / best / 1e9
+
+
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Run a configuration in a fresh process of this script and return its figures."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
+    command = [sys.executable, __file__, "measure", name, json.dumps(job)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the measurement {name} {job} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@app.command(hidden=True)
+def measure(name: str, job: str) -> None:
+    """One configuration, in this process."""
+    print(json.dumps({"var": _run_var}[name](json.loads(job))))
+
+
+if __name__ == "__main__":
+    app()

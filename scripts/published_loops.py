@@ -1,0 +1,74 @@
+"""Slow ways of doing what vgen does, to be measured against: not used by the package.
+
+Written from descriptions of the published code, to spend time where it does; they give the same tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgen.generators.var import MAX_LOG_SCALE, VAR
+
+
+class PublishedVAR:
+    """VAR's published inference: modulations computed at every scale, keys and values concatenated at every scale."""
+
+    def __init__(self, model: VAR) -> None:
+        self.model, self.config, self.null_class = model, model.config, model.null_class
+
+    def condition(self, class_labels: Tensor) -> Tensor:
+        return class_labels
+
+    def new_cache(self, batch: int) -> dict[str, Any]:
+        return {"start": 0, "keys": [None] * len(self.model.blocks), "values": [None] * len(self.model.blocks)}
+
+    def __call__(self, context: Tensor, condition: Tensor, cache: dict[str, Any]) -> Tensor:
+        model, start = self.model, cache["start"]
+        now = model.condition(condition)  # every modulation anew
+        if start == 0:
+            x = now.start[:, None] + model.start_position
+        else:
+            x = model.code_embed(context)
+        place = slice(start, start + x.shape[1])
+        x = x + (model.position + model.scale_embed(model._scale_ids(x.device)))[place]
+        for layer, (block, modulation) in enumerate(zip(model.blocks, now.blocks, strict=True)):
+            gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale1 + shift1
+            x = x + self._attend(block.attn, normed, cache, layer) * gate1
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale2 + shift2
+            x = x + block.ffn(normed) * gate2
+        cache["start"] = place.stop
+        return model.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * now.head[0] + now.head[1])
+
+    def _attend(self, attn: Any, x: Tensor, cache: dict[str, Any], layer: int) -> Tensor:
+        batch, length, width = x.shape
+        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        qkv = F.linear(x, attn.qkv.weight, bias).view(batch, length, 3, attn.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q = F.normalize(q, dim=-1) * attn.log_scale.clamp_max(MAX_LOG_SCALE).exp()
+        k = F.normalize(k, dim=-1)
+        if cache["keys"][layer] is not None:
+            k = torch.cat([cache["keys"][layer], k], dim=2)
+            v = torch.cat([cache["values"][layer], v], dim=2)
+        cache["keys"][layer], cache["values"][layer] = k, v
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return attn.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class RecomputedVAR:
+    """No cache at all: every scale runs the whole prefix again under the training mask."""
+
+    def __init__(self, model: VAR) -> None:
+        self.model, self.config, self.null_class = model, model.config, model.null_class
+
+    def condition(self, class_labels: Tensor) -> Any:
+        return self.model.condition(class_labels)
+
+    def new_cache(self, batch: int) -> list[Tensor]:
+        return []
+
+    def __call__(self, context: Tensor, condition: Any, cache: list[Tensor]) -> Tensor:
+        cache.append(context if cache else context[:, :0])  # the first scale reads no context
+        return self.model(torch.cat(cache, dim=1), condition)[:, -context.shape[1] :]

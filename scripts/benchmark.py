@@ -42,7 +42,9 @@ def compare_var(
     repeats: Annotated[int, typer.Option(help="Timed runs per configuration, after one to warm up.")] = 2,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    plans: Annotated[str, typer.Option(help="Which loops: published,recomputed,cached.")] = "published,recomputed,cached",
+    plans: Annotated[
+        str, typer.Option(help="Which loops: published,recomputed,cached.")
+    ] = "published,recomputed,cached",
 ) -> None:
     """VAR-d16 at 256 px, random weights: our cached loop against recomputation and against the published loop.
 
@@ -62,18 +64,33 @@ def compare_var(
 
 
 def _print_var(rows: list[dict[str, Any]]) -> None:
-    print(f"{'loop':11} {'dtype':9} {'batch':>5} {'transformer':>12} {'decoder':>8} {'s/image':>8} {'speed-up':>9}", end=" ")
-    print(f"{'peak memory':>12} {'matmul peak':>12} {'share: transformer':>19} {'decoder':>8} {'both':>6}  tokens")
+    columns = ["loop", "dtype", "batch", "transformer", "decoder", "s/image", "speed-up", "memory", "of it imports"]
+    columns += ["matmul peak", "share: transformer", "decoder", "both", "tokens"]
+    lines = [columns]
     for row in rows:
         base = [r for r in rows if r["plan"] == "published" and r["batch"] == row["batch"]] or rows[:1]
         seconds = row["transformer_s"] + row["decoder_s"]
-        times = (base[0]["transformer_s"] + base[0]["decoder_s"]) / seconds
-        peak = row["peak_gflops"]
-        parts = [row[f"{part}_gflop"] / row[f"{part}_s"] / peak for part in ("transformer", "decoder")]
-        both = (row["transformer_gflop"] + row["decoder_gflop"]) / seconds / peak
-        print(f"{row['plan']:11} {row['dtype']:9} {row['batch']:5} {row['transformer_s']:10.2f} s", end=" ")
-        print(f"{row['decoder_s']:6.2f} s {seconds / row['batch']:8.2f} {times:8.2f}x", end=" ")
-        print(f"{row['memory_gb']:9.2f} GB {peak:7.0f} GF/s {parts[0]:18.0%} {parts[1]:9.0%} {both:6.0%}  {row['tokens']}")
+        flop = row["transformer_gflop"] + row["decoder_gflop"]
+        shares = [row[f"{part}_gflop"] / row[f"{part}_s"] for part in ("transformer", "decoder")] + [flop / seconds]
+        lines.append(
+            [
+                row["plan"],
+                row["dtype"],
+                str(row["batch"]),
+                f"{row['transformer_s']:.2f} s",
+                f"{row['decoder_s']:.2f} s",
+                f"{seconds / row['batch']:.2f}",
+                f"{(base[0]['transformer_s'] + base[0]['decoder_s']) / seconds:.2f}x",
+                f"{row['memory_gb']:.2f} GB",
+                f"{row['imports_gb']:.2f} GB",
+                f"{row['peak_gflops']:.0f} GF/s",
+                *(f"{share / row['peak_gflops']:.0%}" for share in shares),
+                row["tokens"],
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def _run_var(job: dict[str, Any]) -> dict[str, Any]:
@@ -83,10 +100,12 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from vgen import layers
     from vgen.generators.var import VAR
     from vgen.pipelines.next_scale import NextScalePipeline
     from vgen.tokenizers.multiscale import MultiScaleVQ
 
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     torch.set_num_threads(job["threads"])
     dtype, device, batch = getattr(torch, job["dtype"]), job["device"], job["batch"]
     peak = _matmul_peak(dtype, device)
@@ -97,6 +116,7 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
     if job["plan"] == "published":
         from published_loops import PublishedVAR
 
+        layers.ONEDNN_LINEAR = None  # the published code calls torch's own linear layers
         tokenizer.to(memory_format=torch.contiguous_format)
         pipeline.generator = PublishedVAR(generator)
     elif job["plan"] == "recomputed":
@@ -109,19 +129,25 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
             last = step
         return last
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counted = {torch.ops.mkldnn._linear_pointwise: _linear_flop}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         step = sample()
     transformer_flop = counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         pipeline.decode(step)
     times = [(_seconds(sample, device), _seconds(lambda: pipeline.decode(step), device)) for _ in range(job["repeats"])]
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {
         "transformer_s": min(first for first, _ in times),
         "decoder_s": min(second for _, second in times),
         "transformer_gflop": transformer_flop / 1e9,
         "decoder_gflop": counter.get_total_flops() / 1e9,
         "memory_gb": memory / 1e9,
+        "imports_gb": imports / 1e9,
         "peak_gflops": peak,
         "tokens": hashlib.sha256(torch.cat(step.tokens, 1).cpu().numpy().tobytes()).hexdigest()[:8],
     }
@@ -136,9 +162,8 @@ def _random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
 
     with torch.device("meta"):
         model = build()
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, module in model.named_children():
-        model._modules[name] = module.to_empty(device=device).to(torch.float32 if name in kept else dtype)
+        model._modules[name] = module.to_empty(device=device).to(dtype)
     for name, parameter in model._parameters.items():
         if parameter is not None:
             model._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
@@ -157,12 +182,24 @@ def _random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _linear_flop(x: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
+    """For torch's counter, which gives shapes: x (..., D_in), weight (D_out, D_in)."""
+    rows = 1
+    for side in x[:-1]:
+        rows *= side
+    return 2 * rows * weight[0] * weight[1]
+
+
 def _matmul_peak(dtype: Any, device: str, size: int = 2048) -> float:
-    """Best of several square matrix multiplications, GFLOP/s: what this machine can do at most."""
+    """Best of several square matrix multiplications, GFLOP/s, by the faster of torch's two ways to do them."""
     import torch
 
+    from vgen.layers import linear
+
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-    best = min(_seconds(lambda: a @ b, device) for _ in range(8))
+    with torch.no_grad():
+        ways: list[Callable[[], Any]] = [lambda: a @ b, lambda: linear(a, b, None)]
+        best = min(_seconds(way, device) for _ in range(8) for way in ways)
     return 2 * size**3 / best / 1e9
 
 

@@ -27,10 +27,7 @@ class PublishedVAR:
     def __call__(self, context: Tensor, condition: Tensor, cache: dict[str, Any]) -> Tensor:
         model, start = self.model, cache["start"]
         now = model.condition(condition)  # every modulation anew
-        if start == 0:
-            x = now.start[:, None] + model.start_position
-        else:
-            x = model.code_embed(context)
+        x = model.code_embed(context) if start else now.start[:, None] + model.start_position
         place = slice(start, start + x.shape[1])
         x = x + (model.position + model.scale_embed(model._scale_ids(x.device)))[place]
         for layer, (block, modulation) in enumerate(zip(model.blocks, now.blocks, strict=True)):

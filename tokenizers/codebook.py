@@ -3,12 +3,28 @@
 Knows nothing of images, scales or networks.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Codebook(nn.Module):
+class KeepFloat32(nn.Module):
+    """A module whose tensors stay float32 when the model around it is cast to half precision.
+
+    Codes are compared and summed over scales, where bfloat16's eight bits would show.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepFloat32":
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(move, recurse)
+
+
+class Codebook(KeepFloat32):
     """V code vectors of width C, with running usage per use site (one per scale, say).
 
     `usage` holds an exponential moving average of the share of vectors that chose each code: (sites, V), rows sum

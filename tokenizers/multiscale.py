@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vgen.tokenizers.backbone import Decoder, Encoder, grey
-from vgen.tokenizers.codebook import Codebook
+from vgen.tokenizers.codebook import Codebook, KeepFloat32
 from vgen.types import SettingError
 
 
@@ -27,6 +27,10 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(margin, 1 - margin, num_phi)
     return int(np.abs(ticks - scale / max(num_scales - 1, 1)).argmin())
+
+
+class Phi(KeepFloat32, nn.Conv2d):
+    """The 3x3 convolution that smooths an upsampled scale."""
 
 
 class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -45,8 +49,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         num_phi: residual convolutions shared by the scales.
         phi_ratio: weight of a residual convolution against the identity.
     """
-
-    _keep_in_fp32_modules = ("codebook", "phi")  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -75,8 +77,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.codebook = Codebook(vocab_size, code_dim, sites=len(self.scales))
-        phi = [nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi)]
-        self.phi: Sequence[nn.Conv2d] = nn.ModuleList(phi)  # type: ignore[assignment]
+        phi = [Phi(code_dim, code_dim, 3, padding=1) for _ in range(num_phi)]
+        self.phi: Sequence[Phi] = nn.ModuleList(phi)  # type: ignore[assignment]
 
     @property
     def code_vectors(self) -> Tensor:
@@ -165,8 +167,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
             grid = F.interpolate(grid, size=(full, full), mode="bicubic")
         phi = self.phi[phi_index(scale, len(self.scales), len(self.phi))]
         with torch.autocast(grid.device.type, enabled=False):
-            bias = None if phi.bias is None else phi.bias.float()
-            smoothed = F.conv2d(grid, phi.weight.float(), bias, padding=1)
+            smoothed = phi(grid)
         return latent + grid * (1 - self.phi_ratio) + smoothed * self.phi_ratio
 
     def read_scale(self, latent: Tensor, scale: int) -> Tensor:

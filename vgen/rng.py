@@ -43,11 +43,10 @@ class BatchStream:
     Row i then depends on the batch it is in; use it to reproduce published seeds.
     """
 
-    def __init__(self, generator: torch.Generator, batch: int) -> None:
-        self.generator = generator
-        self.batch = batch
+    def __init__(self, generator: torch.Generator, batch: int, device: torch.device | str = "cpu") -> None:
+        self.generator, self.batch, self.device = generator, batch, device
 
     def exponential(self, shape: Sequence[int], key: int) -> Tensor:
         """Standard exponential noise (B, *shape), float32; `key` is ignored: order decides."""
         noise = torch.empty(self.batch, *shape, device=self.generator.device)
-        return noise.exponential_(generator=self.generator)
+        return noise.exponential_(generator=self.generator).to(self.device)

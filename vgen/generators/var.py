@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from vgen.layers import KVCache, attention
+from vgen.layers import KVCache, Linear, attention, linear
 from vgen.types import SettingError
 
 MAX_LOG_SCALE = 4.605170185988092  # log 100
@@ -40,16 +40,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), 4.0).log()) if qk_norm else None
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(batch, length, 3, self.heads, -1)
+        qkv = linear(x, self.qkv.weight, bias).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D / H) each
         if self.log_scale is None:
             scale = PLAIN_SCALE * q.shape[-1] ** -0.5
@@ -68,11 +68,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -86,7 +86,7 @@ class Block(nn.Module):
         if shared_adaln:
             self.adaln_table = nn.Parameter(torch.zeros(6, width))
         else:
-            self.adaln = nn.Linear(width, 6 * width)
+            self.adaln = Linear(width, 6 * width)
 
     def modulation(self, activated: Tensor, shared: Tensor | None) -> Tensor:
         """The block's (6, B, 1, D) from SiLU of the class vector (B, D) or from the shared layer's (B, 6 D)."""
@@ -155,17 +155,17 @@ class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.lengths = [side * side for side in self.scales]
         self.num_tokens = sum(self.lengths)
         self.null_class = num_classes
-        self.code_embed = nn.Linear(code_dim, width)
+        self.code_embed = Linear(code_dim, width)
         self.class_embed = nn.Embedding(num_classes + 1, width)
         self.start_position = nn.Parameter(torch.zeros(self.lengths[0], width))
         self.position = nn.Parameter(torch.zeros(self.num_tokens, width))
         self.scale_embed = nn.Embedding(len(self.scales), width)
-        self.adaln = nn.Linear(width, 6 * width) if shared_adaln else None
+        self.adaln = Linear(width, 6 * width) if shared_adaln else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         blocks = [Block(width, heads, qk_norm, shared_adaln, rate) for rate in rates]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.head_adaln = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, vocab_size)
+        self.head_adaln = Linear(width, 2 * width)
+        self.head = Linear(width, vocab_size)
 
     def condition(self, class_labels: Tensor) -> Condition:
         """Class ids (B,), `null_class` for unconditional rows -> everything that depends on them alone."""

@@ -93,7 +93,7 @@ class Pipeline(DiffusionPipeline):
             raise SettingError("nothing to sample: class_labels and seeds are empty")
         labels = torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
         if generator is not None:
-            return labels, BatchStream(generator, batch)
+            return labels, BatchStream(generator, batch, self.device)
         return labels, SampleStreams(seeds or [secrets.randbits(32) for _ in range(batch)], self.device)
 
     # ---- classes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class KeepFloat32(nn.Module):
-    """A module whose tensors stay float32 when the model around it is cast to half precision.
+    """A module whose float32 tensors stay so when the model around it is cast.
 
     Codes are compared and summed over scales, where bfloat16's eight bits would show.
     """
@@ -19,7 +19,7 @@ class KeepFloat32(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepFloat32":
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
+            return tensor.to(moved.device) if tensor.dtype == torch.float32 != moved.dtype else moved
 
         return super()._apply(move, recurse)
 

@@ -167,8 +167,11 @@ def _repeat(
     """Carry out the request inside a PNG; flags override it."""
     from vgen import __version__, batch, hub
     from vgen.media import read_request
+    from vgen.types import SettingError
 
     request = read_request(source)
+    if model is None and hub.find_local(request.model) is None:  # a stranger's picture must not start a download
+        raise SettingError(f"{source} was made with {request.model!r}, which is not here: name it before --from")
     pipeline = hub.load(model or request.model, device=device or request.device, dtype=dtype or request.dtype)
     for what, then, now in (
         ("weights", request.checkpoint, pipeline.checkpoint()),

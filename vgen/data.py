@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vgen.types import SettingError
 
+HELD_OUT_EVERY = 20  # in folders that are not divided into train/ and test/
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FASHION = [
     "t-shirt",
@@ -106,8 +107,8 @@ def data_root(root: str | Path | None = None) -> Path:
 def open_source(name: str, split: str, size: int, channels: int, root: str | Path | None = None) -> ImageSource:
     """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
 
-    The two data sets are downloaded into `root` when they are not there. A folder is its own train split unless it
-    holds the folders train/ and test/; raises SettingError where nothing can be trained on.
+    The two data sets are downloaded into `root` when they are not there. A folder may hold train/ and test/; without
+    them every 20th image is held out for testing. Raises SettingError where nothing can be trained on.
     """
     if name in BUILT_IN:
         return _open_torchvision(name, split, size, channels, data_root(root))
@@ -139,8 +140,10 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
         raise SettingError(
             f"data {str(folder)!r} is neither a folder nor one of {', '.join(BUILT_IN)}: give one of these"
         )
-    if (folder / "train").is_dir():
-        folder = folder / split
+    divided = (folder / "train").is_dir()
+    folder = folder / split if divided else folder
+    if not folder.is_dir():
+        raise SettingError(f"{folder.parent} holds train/ but no {split}/: add it, or name {folder.parent / 'train'}")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [
         (path, label)
@@ -152,6 +155,9 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
         raise SettingError(
             f"no images in {folder}: expected one folder per class with files like {folder / 'cats' / '1.png'}"
         )
+    if not divided and len(files) >= HELD_OUT_EVERY:
+        held_out = set(files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        files = [file for file in files if (file in held_out) == (split == "test")]
     names = [entry.name for entry in classes]
     return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
 

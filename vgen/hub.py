@@ -57,14 +57,21 @@ def parse_dtype(dtype: Any) -> Any:
 
 def find(name: str) -> Path:
     """The folder that holds a model, downloaded from the Hub where `name` is an id."""
-    for folder in (ZOO / name if name in list_models() else None, Path(name).expanduser()):
-        if folder is not None and (folder / "model_index.json").is_file():
-            return folder
+    if (folder := find_local(name)) is not None:
+        return folder
     if Path(name).expanduser().exists():
         raise SettingError(f"{name} holds no model_index.json: give the folder that 'vgen convert' or training wrote")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
     raise SettingError(f"unknown model {name!r}: use {', '.join(list_models())}, a folder, or a Hub id like user/model")
+
+
+def find_local(name: str) -> Path | None:
+    """The folder of a bundled model or of a model on this disk; None for anything else."""
+    for folder in (ZOO / name if name in list_models() else None, Path(name).expanduser()):
+        if folder is not None and (folder / "model_index.json").is_file():
+            return folder
+    return None
 
 
 def _download(name: str) -> Path:

@@ -23,9 +23,10 @@ def describe(path: str) -> dict[str, Any]:
         if header is None:
             return {"kind": "image", **dataclasses.asdict(read_request(file))}
         return {"kind": "safetensors", **_describe_tensors(file, header)}
-    if path not in hub.list_models() and not (file / "model_index.json").is_file():
+    folder = hub.find_local(path)
+    if folder is None:
         raise SettingError(f"{path} is no picture, model folder, .safetensors file or bundled model")
-    return {"kind": "model", **_describe_model(hub.find(path))}
+    return {"kind": "model", **_describe_model(folder)}
 
 
 def _describe_tensors(file: Path, header: dict[str, Any]) -> dict[str, Any]:

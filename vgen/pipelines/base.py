@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -21,7 +22,7 @@ from vgen.rng import BatchStream, SampleStreams
 from vgen.types import Output, Request, Rng, SettingError, Step
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Labels = int | str | Sequence[int | str] | Tensor | None
+Labels = int | str | Sequence[int | str] | Tensor | np.ndarray | None
 
 
 class Pipeline(DiffusionPipeline):
@@ -79,7 +80,9 @@ class Pipeline(DiffusionPipeline):
 
         A single label serves all seeds. Without `seeds` or `generator` every sample gets a random seed.
         """
+        class_labels = _plain(class_labels)
         ids = self.label_ids(class_labels)
+        seeds = _plain(seeds)
         seeds = [seeds] if isinstance(seeds, int) else seeds
         if seeds is not None and generator is not None:
             raise SettingError("seeds and generator were both given: give one (seeds: one stream per sample)")
@@ -113,11 +116,9 @@ class Pipeline(DiffusionPipeline):
         """Ids or names -> ids. Raises SettingError naming the range or the nearest names."""
         if class_labels is None:
             return None
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.flatten().tolist()
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        return [self._label_id(label) for label in class_labels]
+        class_labels = _plain(class_labels)
+        labels = [class_labels] if isinstance(class_labels, (int, str)) else class_labels
+        return [self._label_id(label) for label in labels]
 
     def _label_id(self, label: int | str) -> int:
         last = self.null_class - 1
@@ -183,3 +184,8 @@ class Pipeline(DiffusionPipeline):
     def pixels(images: Tensor) -> Tensor:
         """Images in [-1, 1] -> uint8."""
         return to_uint8(images)
+
+
+def _plain(values: Any) -> Any:
+    """Tensors, arrays and their scalars as Python numbers and lists."""
+    return values.tolist() if hasattr(values, "tolist") else values

@@ -1,6 +1,9 @@
 """From a configuration to a finished model: chooses the task and runs the trainer."""
 
+import dataclasses
 from pathlib import Path
+
+import yaml
 
 from vgen.training.config import TrainingConfig
 from vgen.training.trainer import Task, Trainer
@@ -18,6 +21,7 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
         raise SettingError(f"nothing to resume in {out}: start without --resume")
     task = build_task(config)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     trainer = Trainer(task, config, out, command)
     if resume:
         trainer.resume()

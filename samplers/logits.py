@@ -21,6 +21,14 @@ def guidance_at(scale: float, schedule: str, index: int, total: int) -> float:
     raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
 
 
+def temper(logits: Tensor, temperature: float) -> Tensor:
+    """Logits at a temperature, (..., V) -> (..., V): 1 is off, 0 leaves the largest alone."""
+    if temperature == 1:
+        return logits
+    below = logits - logits.amax(-1, keepdim=True)  # the largest is made 0 first, lest a tiny temperature overflow
+    return below / temperature if temperature else below.masked_fill(below < 0, -torch.inf)
+
+
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Set unlikely logits to -inf, (..., V) -> (..., V): all below the k-th largest (0 is off; ties with it stay),
     then the smallest set whose probability is at most 1 - top_p (1 is off). The largest always stays."""
@@ -32,21 +40,21 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     ranked = logits.topk(top_k, dim=-1).values if keep_k else logits.sort(dim=-1, descending=True).values
     cut = ranked[..., -1:]
     if top_p < 1:
-        tail = ranked.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # probability of this rank and all behind it
-        kept = tail > 1 - top_p
-        kept[..., 0] = True
-        count = kept.sum(-1, keepdim=True)
-        cut = ranked.gather(-1, count - 1)
+        kept = logits if not keep_k else logits.masked_fill(logits < cut, -torch.inf)
+        probabilities = (ranked - kept.logsumexp(-1, keepdim=True)).exp()
+        tail = probabilities.flip(-1).cumsum(-1).flip(-1)  # probability of this rank and all behind it
+        if keep_k:  # entries that tie with the k-th largest were kept too, behind the last rank
+            ties = (kept == cut).sum(-1, keepdim=True) - (ranked == cut).sum(-1, keepdim=True)
+            tail = tail + ties * probabilities[..., -1:]
+        inside = tail > 1 - top_p
+        inside[..., 0] = True
+        cut = ranked.gather(-1, inside.sum(-1, keepdim=True) - 1)
     return logits.masked_fill(logits < cut, -torch.inf)
 
 
-def draw(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """Sample tokens by an exponential race, argmax(p / e) with e ~ Exp(1): (..., V) x 2 -> (...) int64.
 
-    The same law as `torch.multinomial`, and the same tokens when `noise` comes from its generator. As the
-    temperature goes to 0 the most likely token wins.
+    The same law as `torch.multinomial`, and the same tokens when `noise` comes from its generator.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
-    return probabilities.div_(noise).argmax(-1)
+    return logits.softmax(-1).div_(noise).argmax(-1)

@@ -142,7 +142,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for k, tokens in enumerate(prefix[: len(self.scales) - 1]):
             latent = self.add_scale(latent, self.embed(tokens), k)
             rows.append(self.read_scale(latent, k + 1))
-        return torch.cat(rows, dim=1)
+        return torch.cat(rows, dim=1) if rows else latent.new_zeros(len(latent), 0, latent.shape[1])
 
     # ---- one scale at a time (vgen.types.NextScaleTokenizer)
 
@@ -194,32 +194,30 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     # ---- training
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Images in [-1, 1] -> (reconstruction, quantiser loss per unit of commitment weight, residuals per scale).
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Images in [-1, 1] -> (reconstruction, quantiser losses (2,), what was quantised at each scale).
 
-        The quantiser loss stacks its two terms, averaged over the scales: [codebook, commitment]. Gradients reach
-        the encoder straight through the quantiser. Residuals (N_k, C) are the vectors that were quantised, for
-        restarts of dead codes. Counts usage in training mode.
+        The losses are [codebook, commitment], averaged over the scales. Gradients reach the encoder straight through
+        the quantiser. Per scale: the vectors (B, n_k, C) that were quantised and their tokens (B, n_k), for usage
+        statistics and restarts of dead codes.
         """
         target = self.encode_latent(images)
         with torch.autocast(target.device.type, enabled=False):
-            latent, losses, residuals = self._quantize(target)
+            latent, losses, quantized = self._quantize(target)
             straight_through = target + (latent - target).detach()
-        return self.reconstruct(straight_through), torch.stack(losses).mean(0), residuals
+        return self.reconstruct(straight_through), torch.stack(losses).mean(0), quantized
 
-    def _quantize(self, target: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _quantize(self, target: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
         latent = torch.zeros_like(target)
-        losses, residuals = [], []
+        losses, quantized = [], []
         fixed = target.detach()
         for k in range(len(self.scales)):
             vectors = self._resize_down(fixed - latent.detach(), k)
             tokens = self.codebook.nearest(vectors)
-            if self.training:
-                self.codebook.count(tokens, k)
             latent = self.add_scale(latent, self.embed(tokens), k)
             losses.append(torch.stack([F.mse_loss(latent, fixed), F.mse_loss(target, latent.detach())]))
-            residuals.append(vectors.flatten(0, 1))
-        return latent, losses, residuals
+            quantized.append((vectors, tokens))
+        return latent, losses, quantized
 
 
 def check_scales(scales: Sequence[int]) -> None:

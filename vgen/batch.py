@@ -52,7 +52,6 @@ def sample_to_files(
     """
     if batch_size < 1:
         raise SettingError(f"batch-size is {batch_size}: it must be at least 1")
-    out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     with progress(len(items), "sample", "images") as shown:
         for start in range(0, len(items), batch_size):
@@ -62,7 +61,7 @@ def sample_to_files(
                 save_png(image, paths[-1], request)
             shown.advance(len(chunk))
     if sheet_columns:
-        images = [Image.open(path) for path in paths]
+        images = [_read(path) for path in paths]
         save_png(contact_sheet(images, sheet_columns, sheet_zoom(images[0].width)), out / "sheet.png")
     return paths
 
@@ -76,6 +75,11 @@ def _sample(
     request = pipeline.request(labels, seeds, sampler, settings)
     for row, (item, image) in enumerate(zip(items, images, strict=True)):
         yield item, image, request.row(row)
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:  # thousands of open files are too many
+        return image.convert("RGB")
 
 
 def from_request(request: Request, seed: int | None = None) -> list[Item]:

@@ -3,7 +3,6 @@
 Heavy imports stay inside the commands, so that help is instant.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,8 +128,8 @@ def sample(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     if source is not None:
-        if classes is not None or per_class != 1:
-            raise typer.BadParameter("--from repeats the classes of its file: leave out --classes and --per-class")
+        if classes is not None or per_class != 1 or sheet:
+            raise typer.BadParameter("--from repeats what is in its file: leave out --classes, --per-class and --sheet")
         paths = _repeat(source, model, seed, sampler, settings, device, dtype, out, batch_size)
     else:
         if model is None:
@@ -183,7 +182,7 @@ def _repeat(
         pipeline,
         batch.from_request(request, seed),
         out,
-        settings=request.settings | settings,
+        settings=pipeline.resolve_settings(request.settings | settings),
         sampler=sampler or request.sampler,
         batch_size=batch_size,
     )
@@ -230,7 +229,10 @@ def convert(
     kind = hub.parse_dtype(dtype)
     overrides: dict[str, Any] = {"heads": heads} if heads else {}
     if scales:
-        overrides["scales"] = [int(side) for side in scales.split(",")]
+        try:
+            overrides["scales"] = [int(side) for side in scales.split(",")]
+        except ValueError as error:
+            raise typer.BadParameter(f"--scales {scales!r}: write whole numbers like 1,2,3") from error
     if class_names:
         overrides["class_names"] = class_names.read_text().splitlines()
     pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **overrides)
@@ -275,6 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:
+            return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else DONE
     except typer.Exit as stop:
         return stop.exit_code
@@ -284,9 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             return main([*arguments, "--help"])
         return _fail(f"{error.format_message()} (see --help)", WRONG_USAGE)
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+    except SystemExit as stop:  # typer's answer to a closed pipe
+        return int(stop.code or DONE)
     except Exception as error:
         if debug:
             raise

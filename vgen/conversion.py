@@ -3,7 +3,8 @@
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,17 @@ def convert_var(
     taken to have heads of width 64; `phi_ratio` (the weight of the residual convolutions) is in no tensor.
     VAR's published cfg = c is guidance_scale = 1 + c here.
     """
-    generator = _var_generator(_state(transformer, "transformer"), scales, heads)
+    with _inferring("VAR transformer"):
+        generator = _var_generator(_state(transformer, "transformer"), scales, heads)
+    classes = generator.config["num_classes"]
+    if class_names and len(class_names) != classes:
+        raise SettingError(f"{len(class_names)} class names for {classes} classes: give one for each")
     converted = None
     if tokenizer is not None:
-        state = _state(tokenizer, "tokenizer")
-        converted = _multiscale_tokenizer(state, list(generator.config["scales"]), phi_ratio)
-    names = dict(enumerate(class_names)) if class_names else None
-    return NextScalePipeline(converted, generator, id2label=names)
+        with _inferring("VAR tokenizer"):
+            state = _state(tokenizer, "tokenizer")
+            converted = _multiscale_tokenizer(state, list(generator.config["scales"]), phi_ratio)
+    return NextScalePipeline(converted, generator, id2label=dict(enumerate(class_names or [])))
 
 
 def save(pipeline: Pipeline, out: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -126,7 +131,9 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
     width, code_dim = state["word_embed.weight"].shape
     depth = _count(state, r"^blocks\.(\d+)\.")
     qk_norm = "blocks.0.attn.scale_mul_1H11" in state
-    heads = state["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else heads or width // 64  # as published
+    told = state["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else heads or max(1, width // 64)  # as published
+    if heads and heads != told:
+        raise SettingError(f"heads is {heads}, but the checkpoint has {told}: leave it out")
     config: dict[str, Any] = {
         "scales": scales or _scales_of(state),
         "vocab_size": state["head.weight"].shape[0],
@@ -134,7 +141,7 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
         "num_classes": state["class_emb.weight"].shape[0] - 1,
         "width": width,
         "depth": depth,
-        "heads": heads,
+        "heads": told,
         "qk_norm": qk_norm,
         "shared_adaln": "shared_ada_lin.1.weight" in state,
     }
@@ -184,11 +191,9 @@ def _multiscale_tokenizer(state: State, scales: list[int], phi_ratio: float) -> 
     widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
     renamed = {_rename(name, VQ_NAMES): tensor for name, tensor in state.items()}
     usage = renamed.get("codebook.usage")
-    if usage is None or usage.shape != (
-        len(scales),
-        vocab_size,
-    ):  # statistics only: other scales have none yet
-        renamed["codebook.usage"] = torch.zeros(len(scales), vocab_size)
+    if usage is None or usage.shape != (len(scales), vocab_size):
+        usage = torch.zeros(len(scales), vocab_size)  # statistics only: for other scales there are none yet
+    renamed["codebook.usage"] = usage / usage.sum(1, keepdim=True).clamp_min(1)  # hit counts to shares
     config = {
         "scales": scales,
         "vocab_size": vocab_size,
@@ -223,6 +228,18 @@ def _state(source: Source, role: str) -> State:
         held = f"{strangers[0]!r} is not a tensor" if strangers else "it is empty"
         raise CheckpointError(f"the {role} is not a dictionary of tensors: {held}")
     return dict(found)
+
+
+@contextmanager
+def _inferring(what: str) -> Iterator[None]:
+    """Shapes are unpacked, divided and looked up long before they are compared: say what that means."""
+    try:
+        yield
+    except (CheckpointError, SettingError):
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        found = " ".join(str(error).split())
+        raise CheckpointError(f"not a {what}: its tensors have unexpected names or shapes ({found})") from error
 
 
 def _require(state: State, kind: str, *names: str) -> None:

@@ -3,6 +3,7 @@
 Every source gives uint8 batches by index, so that a training step depends on (seed, step) alone.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,10 @@ class ImageSource(Protocol):
     @property
     def class_names(self) -> list[str]: ...
 
+    def fingerprint(self) -> str:
+        """Changes whenever the images do; cheap."""
+        ...
+
     def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
         """Images (B, C, S, S) uint8; with `crop_seed` a random crop where the source has room for one."""
         ...
@@ -60,6 +65,9 @@ class MemorySource:
     pixels: Tensor
     labels: Tensor
     class_names: list[str]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.pixels[:, 0].contiguous().numpy().tobytes()).hexdigest()
 
     def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
         return self.pixels[torch.as_tensor(indices)]
@@ -75,6 +83,10 @@ class FolderSource:
     size: int
     channels: int
     enlarge: float = 1.125  # shorter side before a random crop, relative to the crop
+
+    def fingerprint(self) -> str:
+        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return hashlib.sha256(repr((files, self.size, self.channels)).encode()).hexdigest()
 
     def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
         return torch.stack([self._image(int(index), crop_seed) for index in indices])
@@ -140,15 +152,17 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
         raise SettingError(
             f"data {str(folder)!r} is neither a folder nor one of {', '.join(BUILT_IN)}: give one of these"
         )
-    divided = (folder / "train").is_dir()
+    inside = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    divided = "train" in inside and ("test" in inside or inside == {"train"})  # or a class is called "train"
+    root = folder / "train" if divided else folder
     folder = folder / split if divided else folder
     if not folder.is_dir():
         raise SettingError(f"{folder.parent} holds train/ but no {split}/: add it, or name {folder.parent / 'train'}")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [
         (path, label)
-        for label, entry in enumerate(classes)
-        for path in sorted(entry.rglob("*"))
+        for label, name in enumerate(names)
+        for path in sorted((folder / name).rglob("*"))
         if path.suffix.lower() in SUFFIXES
     ]
     if not files:
@@ -158,7 +172,6 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
     if not divided and len(files) >= HELD_OUT_EVERY:
         held_out = set(files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         files = [file for file in files if (file in held_out) == (split == "test")]
-    names = [entry.name for entry in classes]
     return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
 
 
@@ -167,6 +180,11 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.float().div(127.5).sub(1)
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> float32 in [0, 1]."""
+    return images.float().add(1).mul(0.5)
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8 0..255, rounded."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    """Float in [0, 1] -> uint8 0..255, rounded."""
+    return images.float().mul(255).round().clamp(0, 255).to(torch.uint8)

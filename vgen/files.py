@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # of old pickle protocols; what matters is raised
+            # torch goes by the name of a path, but not by that of an open file
+            mapped = _is_zip(path) and path.suffix != ".safetensors"
+            loaded = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a file of tensors: it is damaged, or holds pickled objects, which are never run; "

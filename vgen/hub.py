@@ -1,6 +1,9 @@
 """Finding and loading models: bundled names, folders and Hub ids."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,19 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     Raises SettingError for an unknown name, CheckpointError for damaged files.
     """
     folder = find(str(name))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SettingError(f"device is {device!r}: use 'cpu' or 'cuda'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingError("device is 'cuda', but no GPU is visible: use device='cpu'")
     kind = parse_dtype(dtype) if dtype is not None else torch.float32 if chosen.type == "cpu" else torch.bfloat16
     pipeline_class, components, config = _read_index(folder)
     parts = {role: _load_component(cls, folder / role, kind) for role, cls in components.items()}
-    pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
+    try:
+        pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'model_index.json'} has settings of another kind: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.source, pipeline.folder = str(name), folder
     return pipeline.to(chosen)
@@ -98,8 +107,10 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: get the model again") from error
     components = {role: found for role, found in named.items() if any(found)}
+    if "generator" not in components:
+        raise CheckpointError(f"{path} names no generator: get the model again")
     known = {(cls.__module__, cls.__name__): cls for cls in COMPONENTS}
-    strangers = [str(found) for found in components.values() if found not in known]
+    strangers = [str(found) for found in components.values() if found not in list(known)]
     if name not in PIPELINES or strangers:
         raise CheckpointError(f"{path} names {(strangers or [name])[0]}, which is no part of this version of vgen")
     config = {key: value for key, value in index.items() if key[0] != "_"}
@@ -111,7 +122,8 @@ def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
         # diffusers would cast a tokenizer's codes too; loaded in float32 and cast by itself, it keeps them.
         first = torch.float32 if folder.name == "tokenizer" else dtype
-        model, report = cls.from_pretrained(folder, dtype=first, local_files_only=True, output_loading_info=True)
+        with _quiet_diffusers():
+            model, report = cls.from_pretrained(folder, dtype=first, local_files_only=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot load {folder}: {lines[0]}; get the model again") from error
@@ -120,3 +132,15 @@ def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
             words = problem.replace("_keys", "")
             raise CheckpointError(f"{folder} has {len(found)} {words} tensors, such as {found[0]}: get the model again")
     return torch.nn.Module.to(model.eval(), dtype)  # diffusers' own `to` warns of what is no problem here
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Its warnings about tensors come before our errors, which say the same in one line."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

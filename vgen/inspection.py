@@ -30,7 +30,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _describe_tensors(file: Path, header: dict[str, Any]) -> dict[str, Any]:
-    tensors = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    tensors = _shapes(file, header)
     return {
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
@@ -38,6 +38,16 @@ def _describe_tensors(file: Path, header: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in tensors.values()),
         "tensors": tensors,
     }
+
+
+def _shapes(file: Path, header: dict[str, Any] | None) -> dict[str, list[int]]:
+    """Shapes by tensor name, from a header that may hold anything."""
+    try:
+        if header is None:
+            raise ValueError("it has no header")
+        return {name: [int(n) for n in entry["shape"]] for name, entry in header.items() if name != "__metadata__"}
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated: get it again") from error
 
 
 def _describe_model(folder: Path) -> dict[str, Any]:
@@ -50,10 +60,7 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} has a damaged configuration: get the model again") from error
     files = sorted(folder.rglob("*.safetensors"))
-    headers = [safetensors_header(file) for file in files]
-    if None in headers:
-        raise CheckpointError(f"{files[headers.index(None)]} is damaged or truncated: get the model again")
-    shapes = [entry["shape"] for header in headers if header for name, entry in header.items() if name[0] != "_"]
+    shapes = [shape for file in files for shape in _shapes(file, safetensors_header(file)).values()]
     return {
         "pipeline": index.get("_class_name"),
         "classes": list((index.get("id2label") or {}).values()),

@@ -4,6 +4,7 @@ Knows nothing of models or samplers.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ class SampleStreams:
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         for seed in seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
                 raise SettingError(f"seed {seed!r} is not a whole number in 0..{MAX_SEED}")
-        self.seeds = list(seeds)
+        self.seeds = [int(seed) for seed in seeds]
         self.device = device
 
     def exponential(self, shape: Sequence[int], key: int) -> Tensor:

@@ -59,6 +59,8 @@ class Request:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if not self.seeds:
+            raise SettingError("a request without seeds makes no image: give at least one")
         if self.class_labels is not None and len(self.class_labels) != len(self.seeds):
             raise SettingError(
                 f"{len(self.class_labels)} class labels but {len(self.seeds)} seeds: give one seed per image"
@@ -80,7 +82,7 @@ class Request:
             raise SettingError(f"a request of {len(text)} characters is over the limit of {MAX_REQUEST_CHARACTERS}")
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise SettingError(f"not a vgen request: {error}") from error
         if not isinstance(values, dict):
             raise SettingError("not a vgen request: expected a JSON object")

@@ -25,7 +25,7 @@ class Condition:
     """All that depends on the class alone, computed once per call.
 
     start (B, D); blocks: per block (6, B, 1, D), in the order gate1 gate2 scale1 scale2 shift1 shift2, with 1 added
-    to the scales; head (2, B, 1, D): scale (1 added) and shift. Modulations are float32, like the residual stream.
+    to the scales; head (2, B, 1, D): scale (1 added) and shift. Modulations have the residual stream's dtype, at least float32.
     """
 
     start: Tensor
@@ -55,7 +55,8 @@ class Attention(nn.Module):
             scale = PLAIN_SCALE * q.shape[-1] ** -0.5
         else:
             scale = 1.0
-            q = unit(q) * self.log_scale.float().clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
+            temperature = self.log_scale.to(torch.promote_types(q.dtype, torch.float32)).clamp_max(MAX_LOG_SCALE).exp()
+            q = unit(q) * temperature.to(q.dtype)
             k = unit(k)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -76,7 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the class (adaLN). The residual stream is float32."""
+    """Attention and feed-forward, each modulated and gated by the class (adaLN). The residual stream is float32 or wider."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, shared_adaln: bool, drop_path: float) -> None:
         super().__init__()
@@ -88,10 +89,10 @@ class Block(nn.Module):
         else:
             self.adaln = Linear(width, 6 * width)
 
-    def modulation(self, activated: Tensor, shared: Tensor | None) -> Tensor:
+    def modulation(self, activated: Tensor, shared: Tensor | None, stream: torch.dtype) -> Tensor:
         """The block's (6, B, 1, D) from SiLU of the class vector (B, D) or from the shared layer's (B, 6 D)."""
         rows = self.adaln(activated) if shared is None else shared + self.adaln_table.flatten()
-        modulation = rows.float().unflatten(-1, (6, 1, -1)).transpose(0, 1)  # (6, B, 1, D)
+        modulation = rows.to(stream).unflatten(-1, (6, 1, -1)).transpose(0, 1)  # (6, B, 1, D)
         return torch.cat([modulation[:2], modulation[2:4] + 1, modulation[4:]])
 
     def forward(self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
@@ -167,14 +168,19 @@ class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.head_adaln = Linear(width, 2 * width)
         self.head = Linear(width, vocab_size)
 
+    @property
+    def stream(self) -> torch.dtype:
+        """dtype of the residual stream and of the logits: at least float32."""
+        return torch.promote_types(self.head.weight.dtype, torch.float32)
+
     def condition(self, class_labels: Tensor) -> Condition:
         """Class ids (B,), `null_class` for unconditional rows -> everything that depends on them alone."""
         start = self.class_embed(class_labels.to(self.class_embed.weight.device))
         activated = F.silu(start)
         shared = None if self.adaln is None else self.adaln(activated)
-        head = self.head_adaln(activated).float().unflatten(-1, (2, 1, -1)).transpose(0, 1)
+        head = self.head_adaln(activated).to(self.stream).unflatten(-1, (2, 1, -1)).transpose(0, 1)
         head = torch.stack([head[0] + 1, head[1]])
-        return Condition(start, [block.modulation(activated, shared) for block in self.blocks], head)
+        return Condition(start, [block.modulation(activated, shared, self.stream) for block in self.blocks], head)
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for one call over `batch` rows (guidance needs two per sample)."""
@@ -198,19 +204,20 @@ class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
             x = block(x, modulation, mask, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.head(modulate(x, *condition.head).to(self.head.weight.dtype)).float()
+        return self.head(modulate(x, *condition.head).to(self.head.weight.dtype)).to(self.stream)
 
     def _embed(self, context: Tensor, condition: Condition, cache: KVCache | None) -> Tensor:
         """The residual stream (B, n, D) float32 at its beginning."""
         start = 0 if cache is None else cache.length
         parts = []
         if start == 0:
-            parts.append(condition.start.float()[:, None] + self.start_position.float())
+            parts.append(condition.start.to(self.stream)[:, None] + self.start_position.to(self.stream))
         if start or cache is None:
-            parts.append(self.code_embed(context.to(self.code_embed.weight.dtype)).float())
+            parts.append(self.code_embed(context.to(self.code_embed.weight.dtype)).to(self.stream))
         x = torch.cat(parts, dim=1)
         place = slice(start, start + x.shape[1])
-        return x + self.position[place].float() + self.scale_embed(self._scale_ids(x.device)[place]).float()
+        scale = self.scale_embed(self._scale_ids(x.device)[place])
+        return x + self.position[place].to(self.stream) + scale.to(self.stream)
 
     def mask(self, length: int, device: torch.device) -> Tensor:
         """(length, length) bool: a token sees its own scale and the ones before it."""

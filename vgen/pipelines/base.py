@@ -2,10 +2,12 @@
 
 import difflib
 import hashlib
+import re
 import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ class Pipeline(DiffusionPipeline):
         """Sample step by step; the same arguments as calling the pipeline, less `output_type`."""
 
     @abstractmethod
-    def decode(self, step: Any) -> Tensor:
-        """A Step, or tokens -> images (B, 3, H, W) uint8."""
+    def decode_floats(self, step: Any) -> Tensor:
+        """A Step, or tokens -> images (B, 3, H, W) float32 in [0, 1]."""
 
     @abstractmethod
     def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -49,16 +51,18 @@ class Pipeline(DiffusionPipeline):
 
     # ---- calling
 
+    def decode(self, step: Any) -> Tensor:
+        """A Step, or tokens -> images (B, 3, H, W) uint8: what previews show and files hold."""
+        return to_uint8(self.decode_floats(step))
+
     def run(self, steps: Iterator[Step], rng: Rng, output_type: str) -> Output:
         """Drain `steps` and render the last one."""
-        if output_type not in OUTPUT_TYPES:
-            raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        check_output_type(output_type)
         began = time.monotonic()
         for step in steps:
             last = step
-        images = last.latent if output_type == "latent" else self.render(self.decode(last), output_type)
         return Output(
-            images=images,
+            images=last.latent if output_type == "latent" else self.render(self.decode_floats(last), output_type),
             tokens=last.tokens,
             evaluations=last.evaluations,
             seconds=time.monotonic() - began,
@@ -66,12 +70,12 @@ class Pipeline(DiffusionPipeline):
         )
 
     @staticmethod
-    def render(pixels: Tensor, output_type: str) -> Any:
-        """(B, 3, H, W) uint8 -> the output type that was asked for; floats lie in [0, 1]."""
+    def render(images: Tensor, output_type: str) -> Any:
+        """Images (B, 3, H, W) in [0, 1] -> the output type that was asked for; only "pil" rounds to 256 levels."""
+        check_output_type(output_type)
         if output_type == "pil":
-            return to_pil(pixels)
-        floats = pixels.float() / 255
-        return floats if output_type == "pt" else floats.permute(0, 2, 3, 1).cpu().numpy()
+            return to_pil(to_uint8(images))
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
     def inputs(
         self, class_labels: Labels, seeds: Sequence[int] | int | None, generator: torch.Generator | None
@@ -83,7 +87,9 @@ class Pipeline(DiffusionPipeline):
         class_labels = _plain(class_labels)
         ids = self.label_ids(class_labels)
         seeds = _plain(seeds)
-        seeds = [seeds] if isinstance(seeds, int) else seeds
+        seeds = [seeds] if isinstance(seeds, (int, float)) else seeds
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise SettingError(f"generator is a {type(generator).__name__}: give a torch.Generator, or use seeds=")
         if seeds is not None and generator is not None:
             raise SettingError("seeds and generator were both given: give one (seeds: one stream per sample)")
         if ids is not None and seeds is not None and len(seeds) != len(ids):
@@ -129,12 +135,12 @@ class Pipeline(DiffusionPipeline):
             names |= {part.strip(): index for name, index in names.items() for part in name.split(",")} | names
             if wanted in names:
                 return names[wanted]
-            if not wanted.lstrip("-").isdigit():
+            if not re.fullmatch("-?[0-9]+", wanted):
                 near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"classes: {', '.join(self.class_names[:20])}"
                 raise SettingError(f"unknown class {label!r}: {hint}")
             label = int(wanted)
-        if isinstance(label, bool) or not 0 <= int(label) <= last:
+        if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label <= last:
             raise SettingError(f"class {label} is outside 0..{last}")
         return int(label)
 
@@ -180,10 +186,10 @@ class Pipeline(DiffusionPipeline):
                 "with tokenizer="
             )
 
-    @staticmethod
-    def pixels(images: Tensor) -> Tensor:
-        """Images in [-1, 1] -> uint8."""
-        return to_uint8(images)
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 
 
 def _plain(values: Any) -> Any:

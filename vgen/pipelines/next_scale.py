@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.data import to_model_range
-from vgen.pipelines.base import Labels, Pipeline
+from vgen.data import to_model_range, to_uint8, to_unit_range
+from vgen.pipelines.base import Labels, Pipeline, check_output_type
 from vgen.pipelines.editing import composite, keep_masks, to_mask, to_pixels
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
 from vgen.types import Output, Rng, SettingError, Step
@@ -71,6 +71,7 @@ class NextScalePipeline(Pipeline):
         generator: torch.Generator | None = None,
         sampler: str | None = None,
         dictation: Dictation | None = None,
+        images: int = 1,
         **settings: Any,
     ) -> tuple[Iterator[Step], Rng]:
         if sampler not in (None, *SAMPLERS):
@@ -78,6 +79,8 @@ class NextScalePipeline(Pipeline):
         self.check_tokenizer()
         chosen = check_settings(settings, self.generator.config["vocab_size"])
         labels, rng = self.inputs(class_labels, seeds, generator)
+        if images not in (1, len(labels)):
+            raise SettingError(f"{images} images but {len(labels)} labels or seeds: give one image, or one for each")
         steps = next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation)
         return self._without_gradients(steps), rng
 
@@ -106,19 +109,22 @@ class NextScalePipeline(Pipeline):
             class_labels: what to paint; None paints without a class.
             settings: those of the call. One image with several seeds or labels gives as many versions.
         """
+        self.check_tokenizer()
+        check_output_type(output_type)
         if output_type == "latent":
             raise SettingError("edit composites pixels: output_type must be 'pil', 'np' or 'pt'")
         original = to_pixels(image, self.tokenizer.image_size)
         painted = to_mask(mask, self.tokenizer.image_size)
         steps, rng = self._begin_edit(original, painted, class_labels, **settings)
         output = self.run(steps, rng, "pt")
-        generated = output.images.mul(255).round().to(torch.uint8)
+        generated = to_uint8(output.images)
         token = self.tokenizer.image_size // self.tokenizer.scales[-1]
         blended = composite(original.to(generated.device), generated, painted.to(generated.device), token // 2)
-        return dataclasses.replace(output, images=self.render(blended, output_type))
+        return dataclasses.replace(output, images=self.render(blended / 255, output_type))
 
     def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
         """The steps of `edit`, before compositing."""
+        self.check_tokenizer()
         size = self.tokenizer.image_size
         return self._begin_edit(to_pixels(image, size), to_mask(mask, size), class_labels, **settings)[0]
 
@@ -126,7 +132,6 @@ class NextScalePipeline(Pipeline):
     def _begin_edit(
         self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
     ) -> tuple[Iterator[Step], Rng]:
-        self.check_tokenizer()
         source = self.tokenizer.encode_latent(to_model_range(original))
         keep = keep_masks(painted, self.tokenizer.scales)
 
@@ -134,15 +139,14 @@ class NextScalePipeline(Pipeline):
             given = self.tokenizer.quantize_scale(source - latent, scale)
             return keep[scale].to(given.device).expand(len(given), -1), given
 
-        return self._begin(class_labels, dictation=dictate, **settings)
+        return self._begin(class_labels, dictation=dictate, images=len(original), **settings)
 
     @torch.no_grad()
-    def decode(self, step: Step | Sequence[Tensor]) -> Tensor:
-        """A Step, or the tokens of the first scales -> images (B, 3, S, S) uint8."""
+    def decode_floats(self, step: Step | Sequence[Tensor]) -> Tensor:
+        """A Step, or the tokens of the first scales -> images (B, 3, S, S) float32 in [0, 1]."""
         self.check_tokenizer()
-        if isinstance(step, Step):
-            return self.pixels(self.tokenizer.decode_latent(step.latent))
-        return self.pixels(self.tokenizer.decode(step))
+        latent = step.latent if isinstance(step, Step) else self.tokenizer.latent(step)
+        return to_unit_range(self.tokenizer.decode_latent(latent))
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[Tensor], class_labels: Labels = None) -> Tensor:
@@ -174,6 +178,8 @@ def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettin
         value = getattr(chosen, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise SettingError(f"{name} is {value!r}: it must lie in {low}..{high}")
+    if not isinstance(chosen.more_smooth, bool):
+        raise SettingError(f"more_smooth is {chosen.more_smooth!r}: it must be True or False")
     if not isinstance(chosen.top_k, int):
         raise SettingError(f"top_k is {chosen.top_k!r}: it must be a whole number")
     if chosen.guidance_schedule not in ("constant", "linear"):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,20 +71,14 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SettingError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep",
-            "crops",
-        ):
+        counts = ("steps", "batch_size", "accumulation", "keep", "crops", "restart_every")
+        for name in (*counts, "log_every", "eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % self.accumulation:
             raise SettingError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingError(f"betas is {self.betas}: give two numbers from 0 to below 1")
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
         if self.kind == "generator" and not self.tokenizer:
@@ -152,14 +147,14 @@ def _build(values: dict[str, Any], source: str) -> TrainingConfig:
 
 
 def _coerce(name: str, value: Any, wanted: Any) -> Any:
-    """Check a YAML value against a field's type; YAML reads 1e-3 as text, and whole floats as integers."""
-    if wanted is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif wanted is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
-        return int(value)
+    """Check a YAML value against a field's type; YAML reads 1e-3 as text, and no as false."""
+    if wanted in (int, float) and not isinstance(value, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+            if wanted is float or number == int(number):
+                return wanted(number)
+    elif wanted is str and value is False:
+        return "no"
     elif wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     elif (wanted == (str | None) and (value is None or isinstance(value, str))) or (
@@ -167,7 +162,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
     ):
         return value
     elif wanted == list[float] and isinstance(value, list):
-        return [float(item) for item in value]
+        return [_coerce(name, item, float) for item in value]
     elif wanted == dict[str, Any] and isinstance(value, dict):
         return value
     kind = getattr(wanted, "__name__", str(wanted))

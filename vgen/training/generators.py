@@ -1,6 +1,8 @@
 """Training a generator on a tokenizer's tokens, which are computed once and kept on disk."""
 
 import hashlib
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +116,8 @@ class GeneratorTask:
         Kept beside the data set under a name that says which tokenizer and which images they belong to.
         """
         config, tokenizer = self.config, self.tokenizer
-        weights = sha256(*sorted(self.tokenizer_folder.glob("*.safetensors")))
-        images = f"{Path(config.data).resolve() if Path(config.data).is_dir() else config.data} {len(source.labels)}"
-        key = hashlib.sha256(f"{weights} {images} {split} {copies} {crops}".encode()).hexdigest()[:16]
+        coder = sha256(*sorted(self.tokenizer_folder.glob("*.safetensors")), self.tokenizer_folder / "config.json")
+        key = hashlib.sha256(f"{coder} {source.fingerprint()} {copies} {crops}".encode()).hexdigest()[:16]
         path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
         if not path.exists():
             lengths = sum(side * side for side in tokenizer.scales)
@@ -124,6 +125,9 @@ class GeneratorTask:
             with atomic_file(path) as partial:
                 shape = (copies * crops * len(source.labels), lengths)
                 stored = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+                if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file kills the process
+                    with partial.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
                 self._tokenize(source, split, crops, copies, stored)
                 stored.flush()
                 del stored
@@ -149,14 +153,9 @@ class GeneratorTask:
 def token_folder(config: TrainingConfig) -> Path:
     """Where tokens are kept: beside the data sets, or in the cache where that place is read-only."""
     folder = data_root(config.data_root) / "tokens"
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / "writable"):
-            pass
-        (folder / "writable").unlink()
-        return folder
-    except OSError:
-        return Path.home() / ".cache" / "vgen" / "tokens"
+    return folder if os.access(folder, os.W_OK) else Path.home() / ".cache" / "vgen" / "tokens"
 
 
 def _tokenizer_folder(name: str) -> Path:

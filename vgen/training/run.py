@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 
+from vgen.files import atomic_file
 from vgen.training.config import TrainingConfig
 from vgen.training.trainer import Task, Trainer
 from vgen.types import SettingError
@@ -19,9 +21,11 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
         raise SettingError(f"{out} holds a run already: continue it with --resume, or choose another --out")
     if resume and not any(out.glob("checkpoints/step-*")):
         raise SettingError(f"nothing to resume in {out}: start without --resume")
-    task = build_task(config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    with PartialState().main_process_first():  # the first process caches tokens, the others read them
+        task = build_task(config)
+    if not resume:
+        with atomic_file(out / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     trainer = Trainer(task, config, out, command)
     if resume:
         trainer.resume()

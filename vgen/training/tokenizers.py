@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import open_source, to_model_range, to_uint8
+from vgen.data import open_source, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
@@ -38,7 +38,7 @@ class TokenizerTask:
         self.held_out = open_source(config.data, "test", size, channels, config.data_root)
         self.num_examples = len(self.source.labels)
         self.model.to(memory_format=torch.channels_last)
-        self.residuals: list[Tensor] = []
+        self.quantized: list[tuple[Tensor, Tensor]] = []
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor]:
         images = to_model_range(self.source.images(indices.tolist(), crop_seed=seed))
@@ -49,20 +49,23 @@ class TokenizerTask:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch
-        reconstruction, quantiser, self.residuals = model(images)
+        reconstruction, quantiser, self.quantized = model(images)
         error = reconstruction.float() - images
         squared, absolute = error.square().mean(), error.abs().mean()
         loss = squared + self.config.l1 * absolute + quantiser[0] + self.config.commitment * quantiser[1]
         return loss, {"squared_error": squared, "commitment": quantiser[1]}
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Restart dead codes on current residuals; the first step places the whole codebook on them."""
+        """Count the codes in use, and restart dead ones on vectors of this batch; the first step places them all."""
+        codebook = self.model.codebook
+        for scale, (_, tokens) in enumerate(self.quantized):
+            codebook.count(tokens, scale)
         if step > self.config.restart_until * self.config.steps:
             return
         if step == 1 or step % self.config.restart_every == 0:
             # every scale has an equal say, though the finest has most of the vectors
-            drawn = [r[torch.randint(len(r), (512,), generator=rng).to(r.device)] for r in self.residuals]
-            codebook = self.model.codebook
+            vectors = [found.flatten(0, 1) for found, _ in self.quantized]
+            drawn = [v[torch.randint(len(v), (512,), generator=rng).to(v.device)] for v in vectors]
             codebook.restart(torch.cat(drawn), threshold=float("inf") if step == 1 else DEAD_BELOW, generator=rng)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.broadcast(codebook.weight.data, 0)
@@ -82,7 +85,7 @@ class TokenizerTask:
         """Rows of originals, each above its reconstruction."""
         images = to_model_range(self.held_out.images(range(min(32, len(self.held_out.labels)))))
         rebuilt = self.model.decode(self.model.encode(images)).cpu()
-        originals, copies = (to_pil(to_uint8(x.expand(-1, 3, -1, -1))) for x in (images, rebuilt))
+        originals, copies = (to_pil(to_uint8(to_unit_range(x.expand(-1, 3, -1, -1)))) for x in (images, rebuilt))
         rows = [row for i in range(0, len(originals), 16) for row in (originals[i : i + 16], copies[i : i + 16])]
         return contact_sheet([tile for row in rows for tile in row], 16, sheet_zoom(self.model.image_size))
 

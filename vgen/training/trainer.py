@@ -13,16 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,7 +33,7 @@ from vgen.files import atomic_file, atomic_folder
 from vgen.progress import progress
 from vgen.training.config import TrainingConfig
 from vgen.training.curves import plot_curves
-from vgen.types import SettingError
+from vgen.types import CheckpointError, SettingError
 
 
 class Interrupted(Exception):
@@ -108,7 +111,11 @@ class Trainer:
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, command: str) -> None:
         self.task, self.config, self.out, self.command = task, config, out, command
+        AcceleratorState._reset_state()  # or a second run in one process must have the first one's precision
+        # A tokenizer of few scales leaves some of its residual convolutions without a gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=config.kind == "tokenizer")
         self.accelerator = Accelerator(
+            kwargs_handlers=[unused],
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
             log_with="tensorboard",
@@ -168,7 +175,12 @@ class Trainer:
         found = self.checkpoints()
         if not found:
             raise SettingError(f"nothing to resume in {self.out}: start without --resume")
-        self.accelerator.load_state(str(found[-1]))
+        try:
+            self.accelerator.load_state(str(found[-1]))
+        except (RuntimeError, ValueError, EOFError, KeyError, OSError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"{found[-1]} is damaged or of another model: remove it to resume from the one before, or start anew"
+            ) from error
         metrics = self.out / "metrics.jsonl"
         if metrics.exists() and self.accelerator.is_main_process:
             kept = [line for line in _whole_lines(metrics) if line["step"] <= self.step]
@@ -218,20 +230,35 @@ class Trainer:
                         self._log(self.task.evaluate())
                 if main and (self.step % config.sample_every == 0 or last):
                     self._draw()
-                if self.step % config.save_every == 0 or last or stopped:
+                stop = self._any_process(bool(stopped))
+                if self.step % config.save_every == 0 or last or stop:
                     self.save()
                 shown.advance(note=f"loss {float(figures['loss']):.4f}")
-                if stopped and not last:
+                if stop and not last:
                     raise Interrupted(f"stopped after step {self.step}; continue with --resume")
+        folder = self._export()
         self.accelerator.end_training()
-        return self._export()
+        return folder
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: all must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def _loader(self) -> DataLoader:
         world = self.accelerator.num_processes
         batches = StepBatches(self.task, self.config, self.accelerator.process_index, world)
         order = range(self.step * self.config.accumulation, len(batches))
         workers = self.config.workers
-        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # or it would draw from the global stream, which a checkpoint restores
+        )
 
     def _one_step(self, loader: Iterator[Any]) -> dict[str, Tensor]:
         config, device = self.config, self.accelerator.device
@@ -263,12 +290,12 @@ class Trainer:
     def _diverged(self, figures: dict[str, Tensor]) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()  # this step was never applied: what is saved is the last good state
-        if self.step:
-            self.save()
-        raise Diverged(
-            f"step {self.step + 1}: loss {float(figures['loss'])}, gradient norm {float(figures['gradient'])}; the "
-            f"state after step {self.step} is kept in {self.out / 'checkpoints'}: resume with a lower --set lr="
-        )
+        found = f"step {self.step + 1}: loss {float(figures['loss'])}, gradient norm {float(figures['gradient'])}; "
+        if not self.step:
+            raise Diverged(f"{found}there is no state to keep: start with a lower --set lr= or look at the data")
+        self.save()
+        kept = f"the state after step {self.step} is kept in {self.out / 'checkpoints'}"
+        raise Diverged(f"{found}{kept}: resume with a lower --set lr=")
 
     # ---- what people look at
 
@@ -341,10 +368,10 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     embeddings and codebooks are not decayed."""
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2:
-            matrices.append(parameter)
-        elif parameter.ndim < 2 or any(word in name for word in ("embed", "position", "codebook", "table")):
+        if parameter.ndim < 2 or any(word in name for word in ("embed.weight", "position", "codebook", "table")):
             plain.append(parameter)
+        elif config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2:
+            matrices.append(parameter)
         else:
             decayed.append(parameter)
     groups = [

@@ -1,0 +1,27 @@
+"""Shared fixtures: tiny models with random weights (see tiny_models.py), fresh for every test."""
+
+import pytest
+import tiny_models
+import torch
+
+from vgen.generators.var import VAR
+from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.multiscale import MultiScaleVQ
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_tokenizer() -> MultiScaleVQ:
+    return tiny_models.tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_generator() -> VAR:
+    return tiny_models.tiny_generator()
+
+
+@pytest.fixture
+def tiny_pipeline() -> NextScalePipeline:
+    """Images of 8 x 8, scales (1, 2, 3, 4), 16 codes, classes "ankle boot", "bag" and "sneaker"."""
+    return tiny_models.tiny_pipeline()

@@ -1,0 +1,80 @@
+"""Tiny models with random weights: large enough to be wrong, small enough to run in milliseconds."""
+
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgen.generators.var import VAR
+from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.multiscale import MultiScaleVQ
+
+SCALES = (1, 2, 3, 4)
+CLASS_NAMES = {0: "ankle boot", 1: "bag", 2: "sneaker"}
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> nn.Module:
+    """Fill every parameter from its name, none of them left at zero, where a mistake could hide."""
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if "log_scale" in name:
+            noise = math.log(4) + 0.1 * noise
+        elif parameter.ndim >= 2:
+            noise = noise / parameter[0].numel() ** 0.5
+        else:
+            noise = 0.1 * noise + ("norm" in name and name.endswith("weight"))
+        parameter.copy_(noise)
+    return module.eval().requires_grad_(False)
+
+
+def tiny_tokenizer(**changes: Any) -> MultiScaleVQ:
+    """8 x 8 images, 30 tokens on four scales, 16 codes of width 4."""
+    config: dict[str, Any] = {
+        "scales": SCALES,
+        "vocab_size": 16,
+        "code_dim": 4,
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "blocks": 1,
+        "attention_levels": (1,),
+        "norm_groups": 4,
+    }
+    return randomise(MultiScaleVQ(**(config | changes)))
+
+
+def tiny_generator(**changes: Any) -> VAR:
+    """Two blocks of width 32 for `tiny_tokenizer`, three classes."""
+    config: dict[str, Any] = {
+        "scales": SCALES,
+        "vocab_size": 16,
+        "code_dim": 4,
+        "num_classes": 3,
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+    }
+    return randomise(VAR(**(config | changes)))
+
+
+def tiny_pipeline(tokenizer: MultiScaleVQ | None = None, generator: VAR | None = None) -> NextScalePipeline:
+    """A pipeline of the two, with class names."""
+    pipeline = NextScalePipeline(tokenizer or tiny_tokenizer(), generator or tiny_generator(), id2label=CLASS_NAMES)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def random_tokens(tokenizer: MultiScaleVQ, batch: int, seed: int = 0) -> list[Tensor]:
+    """Uniform tokens of every scale, (batch, n_k) each."""
+    rng = torch.Generator().manual_seed(seed)
+    vocab_size = tokenizer.config["vocab_size"]
+    return [torch.randint(vocab_size, (batch, side * side), generator=rng) for side in tokenizer.scales]
+
+
+def random_images(tokenizer: MultiScaleVQ, batch: int, channels: int = 3, seed: int = 0) -> Tensor:
+    """Images (batch, channels, S, S) in [-1, 1]."""
+    rng = torch.Generator().manual_seed(seed)
+    size = tokenizer.image_size
+    return torch.rand(batch, channels, size, size, generator=rng) * 2 - 1

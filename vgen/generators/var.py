@@ -25,7 +25,7 @@ class Condition:
     """All that depends on the class alone, computed once per call.
 
     start (B, D); blocks: per block (6, B, 1, D), in the order gate1 gate2 scale1 scale2 shift1 shift2, with 1 added
-    to the scales; head (2, B, 1, D): scale (1 added) and shift. Modulations have the residual stream's dtype, at least float32.
+    to the scales; head (2, B, 1, D): scale (1 added) and shift. Modulations have the residual stream's dtype.
     """
 
     start: Tensor
@@ -77,7 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the class (adaLN). The residual stream is float32 or wider."""
+    """Attention and feed-forward, each modulated and gated by the class (adaLN), on a stream of at least float32."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, shared_adaln: bool, drop_path: float) -> None:
         super().__init__()

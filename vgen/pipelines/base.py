@@ -2,6 +2,8 @@
 
 import difflib
 import hashlib
+import json
+import os
 import re
 import secrets
 import time
@@ -104,6 +106,14 @@ class Pipeline(DiffusionPipeline):
         if generator is not None:
             return labels, BatchStream(generator, batch, self.device)
         return labels, SampleStreams(seeds or [secrets.randbits(32) for _ in range(batch)], self.device)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *options: Any, **named: Any) -> None:
+        """Write the pipeline as a folder of safetensors and JSON, for `vgen.load`; see diffusers for the options."""
+        super().save_pretrained(save_directory, *options, **named)
+        for config in Path(save_directory).glob("*/config.json"):
+            values = json.loads(config.read_text())
+            if values.pop("_name_or_path", None):  # where it was loaded from is nobody else's business
+                config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     # ---- classes
 

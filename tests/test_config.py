@@ -153,3 +153,10 @@ def test_a_configuration_is_frozen() -> None:
     config = TrainingConfig(**MINIMAL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 5  # type: ignore[misc]
+
+
+def test_other_data_do_not_inherit_the_presets_description() -> None:
+    own, other = load_config("fashion-vq"), load_config("fashion-vq", ["data=mnist"])
+    assert own.notes and not other.notes
+    assert (own.license, other.license) == ("apache-2.0", "unknown")
+    assert load_config("fashion-vq", ["data=mnist", "notes=Digits."]).notes == "Digits."

@@ -17,6 +17,8 @@ from vgen.tokenizers.backbone import Decoder, Encoder, grey
 from vgen.tokenizers.codebook import Codebook, KeepFloat32
 from vgen.types import SettingError
 
+CPU_DECODE_PIXELS = 1 << 16  # decoded at once: four 256x256 images together outgrow the cache and take 20% longer
+
 
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     """Which of the shared residual convolutions serves a scale.
@@ -100,7 +102,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) -> images (B, 3, S, S) float32, clamped to [-1, 1]."""
-        return self.reconstruct(latent).float().clamp(-1, 1).expand(-1, 3, -1, -1)
+        rows = max(1, CPU_DECODE_PIXELS // self.image_size**2) if latent.device.type == "cpu" else max(1, len(latent))
+        images = torch.cat([self.reconstruct(part) for part in latent.split(rows)])
+        return images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
 
     def reconstruct(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) -> images in the network's own channels, dtype and range: what training compares."""

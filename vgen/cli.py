@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that help is instant.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 app = typer.Typer(
     name="vgen",
-    help="A studio for visual autoregressive generation.",
+    help="A studio for visual autoregressive generation. Errors are one line; --debug shows the traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,7 +79,8 @@ def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume
 
     from vgen.training.run import start
 
-    shown = " ".join(["vgen", "train", kind, "--preset", preset, *(f"--set {item}" for item in settings)])
+    words = ["vgen", "train", kind, "--preset", preset]
+    shown = shlex.join(words + [word for item in settings for word in ("--set", item)])
     folder = start(config, out or Path("runs") / config.name, resume, command=shown)
     print(folder)
 

@@ -103,8 +103,12 @@ def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = N
         raise SettingError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise SettingError(f"{path} holds no settings: expected lines like 'steps: 1000'")
+    data = values.get("data")
     for override in overrides:
         _apply(values, override)
+    if values.get("data") != data:  # what the preset's card says is about its own data
+        said = {override.partition("=")[0] for override in overrides}
+        values |= {key: blank for key, blank in (("notes", ""), ("license", "unknown")) if key not in said}
     config = _build(values, str(path))
     if kind and config.kind != kind:
         raise SettingError(f"{preset} trains a {config.kind}: use 'vgen train {config.kind} --preset {preset}'")

@@ -26,8 +26,9 @@ import vgen
 from vgen.data import FASHION, open_source, to_model_range
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
+from vgen.training.optimizers import build_optimizers
 from vgen.training.run import build_task, start
-from vgen.training.trainer import Diverged, Interrupted, StepBatches, Trainer, build_optimizers
+from vgen.training.trainer import Diverged, Interrupted, StepBatches, Trainer
 from vgen.types import SettingError
 
 CLOCKS = {"seconds", "cpu_seconds"}

@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vgen.files import atomic_file, atomic_folder
 from vgen.progress import progress
+from vgen.training.card import model_card
 from vgen.training.config import TrainingConfig
 from vgen.training.curves import plot_curves
+from vgen.training.optimizers import build_optimizers
 from vgen.types import CheckpointError, SettingError
 
 
@@ -327,64 +328,15 @@ class Trainer:
     def _export(self) -> Path:
         folder = self.out / "model"
         if self.accelerator.is_main_process:
+            figures: dict[str, float] = {}
+            for line in _whole_lines(self.out / "metrics.jsonl"):
+                figures |= line  # the last value of each
+            times = self.seconds, self.cpu_seconds
+            card = model_card(self.config, self.task.model, figures, times, self.command)
             with self.averaged(), atomic_folder(folder) as partial:
-                self.task.export(partial, self._card())
+                self.task.export(partial, card)
         self.accelerator.wait_for_everyone()
         return folder
-
-    def _card(self) -> str:
-        lines = _whole_lines(self.out / "metrics.jsonl")
-        last: dict[str, float] = {}
-        for line in lines:
-            last |= line
-        config = self.config
-        figures = "".join(
-            f"| {name} | {value:.4g} |\n"
-            for name, value in last.items()
-            if name not in ("step", "seconds", "cpu_seconds", "lr", "gradient")
-        )
-        parameters = sum(p.numel() for p in self.task.model.parameters())
-        return f"""---
-license: {config.license}
-library_name: vgen
----
-# {config.name}
-
-{config.notes.strip()}
-
-| | |
-|---|---|
-| data | {config.data}, train split |
-| parameters | {parameters / 1e6:.2f} M |
-| command | `{self.command}` |
-| steps | {config.steps}, batch {config.batch_size} |
-| time | {self.cpu_seconds / 60:.0f} CPU-minutes of training steps ({self.seconds / 60:.0f} minutes of wall clock) |
-| code revision | {revision()} |
-{figures}"""
-
-
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices inside the model's blocks and AdamW for the rest. One-dimensional tensors,
-    embeddings and codebooks are not decayed."""
-    matrices, decayed, plain = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or any(word in name for word in ("embed.weight", "position", "codebook", "table")):
-            plain.append(parameter)
-        elif config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2:
-            matrices.append(parameter)
-        else:
-            decayed.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    betas = (config.betas[0], config.betas[1])
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
-    if matrices:
-        lr = config.muon_lr or 1.5 * config.lr
-        decay = config.weight_decay
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 @contextmanager
@@ -417,17 +369,3 @@ def _whole_lines(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def revision() -> str:
-    """The git commit of this checkout, or the released version."""
-    from vgen import __version__
-
-    root = Path(__file__).parents[2]
-    if (root / "pyproject.toml").is_file():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass
-    return f"vgen {__version__}"

@@ -1,0 +1,43 @@
+"""The model card: what a model is, what it was trained on, with which command, how long, and how well."""
+
+import subprocess
+from pathlib import Path
+
+from torch import nn
+
+from vgen.training.config import TrainingConfig
+
+LEFT_OUT = ("step", "seconds", "cpu_seconds", "lr", "gradient")
+
+
+def model_card(
+    config: TrainingConfig, model: nn.Module, figures: dict[str, float], times: tuple[float, float], command: str
+) -> str:
+    """Markdown with the Hub's metadata; `figures` are the last logged ones, `times` wall-clock and CPU seconds."""
+    seconds, cpu_seconds = times
+    rows = {
+        "data": f"{config.data}, train split",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+        "command": f"`{command}`",
+        "steps": f"{config.steps}, batch {config.batch_size}",
+        "time": f"{cpu_seconds / 60:.0f} CPU-minutes of training steps ({seconds / 60:.0f} minutes of wall clock)",
+        "code revision": revision(),
+        **{name: f"{value:.4g}" for name, value in figures.items() if name not in LEFT_OUT},
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    head = f"---\nlicense: {config.license}\nlibrary_name: vgen\n---\n# {config.name}\n"
+    return f"{head}\n{config.notes.strip()}\n\n| | |\n|---|---|\n{table}"
+
+
+def revision() -> str:
+    """The git commit of this checkout, or the released version."""
+    from vgen import __version__
+
+    root = Path(__file__).parents[2]
+    if (root / "pyproject.toml").is_file():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return f"vgen {__version__}"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny import pattern, write_folder, write_mnist
 
-from vgen.data import FASHION, FolderSource, data_root, open_source, to_model_range, to_uint8, to_unit_range
+from vgen.data import FASHION, FolderSource, data_root, open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.types import SettingError
 
 # ---- torchvision's data sets
@@ -182,3 +182,10 @@ def test_bytes_survive_the_model_range() -> None:
     assert floats.dtype == torch.float32 and float(floats.min()) == -1 and float(floats.max()) == 1
     assert torch.equal(to_uint8(to_unit_range(floats)), every)
     assert torch.equal(to_uint8(torch.tensor([-9.0, 0.5, 9.0])), torch.tensor([0, 128, 255], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("number", "count"), [(10, 4), (3, 5), (1, 1), (2000, 2000), (70_000, 2000)])
+def test_spread_indices_reach_from_end_to_end(number: int, count: int) -> None:
+    found = spread(number, count)
+    assert len(found) == len(set(found)) == min(number, count)
+    assert found[0] == 0 and (found[-1] == number - 1 or count == 1) and found == sorted(found)

@@ -175,6 +175,11 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
     return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
 
 
+def spread(number: int, count: int) -> list[int]:
+    """At most `count` indices below `number`, evenly spread: folders are sorted by class."""
+    return torch.linspace(0, number - 1, min(number, count)).round().long().tolist()
+
+
 def to_model_range(pixels: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]."""
     return pixels.float().div(127.5).sub(1)

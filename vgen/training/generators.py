@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import ImageSource, data_root, open_source, to_model_range
+from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
 from vgen.files import atomic_file, sha256
 from vgen.generators.var import VAR
 from vgen.media import contact_sheet, sheet_zoom
@@ -78,9 +78,9 @@ class GeneratorTask:
 
     def evaluate(self) -> dict[str, float]:
         """Cross-entropy per token on test images, labels given; the last scale's apart, as VAR's "tail"."""
-        losses = []
-        for start in range(0, min(HELD_OUT, len(self.test_tokens)), 250):
-            rows = slice(start, start + 250)
+        losses, indices = [], spread(len(self.test_tokens), HELD_OUT)
+        for start in range(0, len(indices), 250):
+            rows = indices[start : start + 250]
             tokens = torch.from_numpy(self.test_tokens[rows].astype(np.int64)).to(self.model.device)
             logits = self.model(self._context(tokens), self.test_labels[rows].to(self.model.device))
             losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import open_source, to_model_range, to_uint8, to_unit_range
+from vgen.data import open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
@@ -72,10 +72,9 @@ class TokenizerTask:
                 torch.distributed.broadcast(codebook.usage, 0)
 
     def evaluate(self) -> dict[str, float]:
-        errors = []
-        for start in range(0, min(HELD_OUT, len(self.held_out.labels)), 250):
-            stop = min(start + 250, len(self.held_out.labels))
-            images = to_model_range(self.held_out.images(range(start, stop)))
+        errors, indices = [], spread(len(self.held_out.labels), HELD_OUT)
+        for start in range(0, len(indices), 250):
+            images = to_model_range(self.held_out.images(indices[start : start + 250]))
             rebuilt = self.model.decode(self.model.encode(images))[:, : images.shape[1]].cpu()
             errors.append(F.mse_loss(rebuilt, images, reduction="none").mean((1, 2, 3)))
         psnr = 10 * torch.log10(4 / torch.cat(errors)).mean()
@@ -83,7 +82,7 @@ class TokenizerTask:
 
     def picture(self) -> Image.Image:
         """Rows of originals, each above its reconstruction."""
-        images = to_model_range(self.held_out.images(range(min(32, len(self.held_out.labels)))))
+        images = to_model_range(self.held_out.images(spread(len(self.held_out.labels), 32)))
         rebuilt = self.model.decode(self.model.encode(images)).cpu()
         originals, copies = (to_pil(to_uint8(to_unit_range(x.expand(-1, 3, -1, -1)))) for x in (images, rebuilt))
         rows = [row for i in range(0, len(originals), 16) for row in (originals[i : i + 16], copies[i : i + 16])]

@@ -107,18 +107,18 @@ FAMILIES: dict[str, Callable[..., Pipeline]] = {"var": convert_var}
 
 # ---- VAR's transformer
 
-VAR_NAMES = [
-    (r"^word_embed\.", "code_embed."),
-    (r"^class_emb\.", "class_embed."),
-    (r"^lvl_embed\.", "scale_embed."),
-    (r"^pos_start$", "start_position"),
-    (r"^pos_1LC$", "position"),
-    (r"^shared_ada_lin\.1\.", "adaln."),
-    (r"^head_nm\.ada_lin\.1\.", "head_adaln."),
-    (r"^(blocks\.\d+)\.ada_lin\.1\.", r"\1.adaln."),
-    (r"^(blocks\.\d+)\.ada_gss$", r"\1.adaln_table"),
-    (r"^(blocks\.\d+\.attn)\.mat_qkv\.", r"\1.qkv."),
-    (r"^(blocks\.\d+\.attn)\.scale_mul_1H11$", r"\1.log_scale"),
+VAR_NAMES = [  # published, ours; {i} is a number
+    ("word_embed.", "code_embed."),
+    ("class_emb.", "class_embed."),
+    ("lvl_embed.", "scale_embed."),
+    ("pos_start", "start_position"),
+    ("pos_1LC", "position"),
+    ("shared_ada_lin.1.", "adaln."),
+    ("head_nm.ada_lin.1.", "head_adaln."),
+    ("blocks.{i}.ada_lin.1.", "blocks.{i}.adaln."),
+    ("blocks.{i}.ada_gss", "blocks.{i}.adaln_table"),
+    ("blocks.{i}.attn.mat_qkv.", "blocks.{i}.attn.qkv."),
+    ("blocks.{i}.attn.scale_mul_1H11", "blocks.{i}.attn.log_scale"),
 ]
 # Follow from the configuration, so they are checked or dropped.
 VAR_BUFFERS = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias)$")
@@ -157,7 +157,7 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
     for name in list(renamed):
         if name.endswith(("adaln_table", "log_scale")):
             renamed[name] = renamed[name].reshape(renamed[name].shape[1:] if "log_scale" in name else (6, width))
-    return _build(VAR, config, renamed, "VAR transformer")
+    return _build(VAR, config, renamed, "VAR transformer", VAR_NAMES)
 
 
 def _scales_of(state: State) -> list[int]:
@@ -174,11 +174,11 @@ def _scales_of(state: State) -> list[int]:
 # ---- VAR's tokenizer
 
 VQ_NAMES = [
-    (r"^quantize\.embedding\.weight$", "codebook.weight"),
-    (r"^quantize\.ema_vocab_hit_SV$", "codebook.usage"),
-    (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"phi.\1."),
-    (r"^quantize\.quant_resi\.qresi\.", "phi.0."),
-    (r"^quantize\.quant_resi\.(\d+)\.", r"phi.\1."),
+    ("quantize.embedding.weight", "codebook.weight"),
+    ("quantize.ema_vocab_hit_SV", "codebook.usage"),
+    ("quantize.quant_resi.qresi_ls.{i}.", "phi.{i}."),
+    ("quantize.quant_resi.qresi.", "phi.0."),
+    ("quantize.quant_resi.{i}.", "phi.{i}."),
 ]
 
 
@@ -206,7 +206,7 @@ def _multiscale_tokenizer(state: State, scales: list[int], phi_ratio: float) -> 
         "num_phi": _count(renamed, r"^phi\.(\d+)\."),
         "phi_ratio": phi_ratio,
     }
-    return _build(MultiScaleVQ, config, renamed, "VAR tokenizer")
+    return _build(MultiScaleVQ, config, renamed, "VAR tokenizer", VQ_NAMES)
 
 
 # ---- shared by all families
@@ -254,14 +254,18 @@ def _count(state: State, pattern: str) -> int:
 
 
 def _rename(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        new, hits = re.subn(pattern, replacement, name)
+    """`name` with the first matching prefix of the table's left column replaced by the right one."""
+    for old, new in table:
+        pattern = re.escape(old).replace(re.escape("{i}"), r"(\d+)")
+        renamed, hits = re.subn(f"^{pattern}", new.replace("{i}", r"\1"), name)
         if hits:
-            return new
+            return renamed
     return name
 
 
-def _build(kind: type[ModelMixin], config: dict[str, Any], state: State, what: str) -> Any:
+def _build(
+    kind: type[ModelMixin], config: dict[str, Any], state: State, what: str, names: list[tuple[str, str]]
+) -> Any:
     """A model of `config` that holds the tensors of `state`, built without spending time on random weights."""
     with torch.device("meta"):
         model = kind(**config)
@@ -269,26 +273,29 @@ def _build(kind: type[ModelMixin], config: dict[str, Any], state: State, what: s
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & given.keys() if wanted[name] != given[name])
+    theirs = [(ours, published) for published, ours in names]  # errors name tensors as the file does
     if missing or unexpected or wrong:
-        parts = [f"missing {_some(missing)}"] if missing else []
-        parts += [f"unexpected {_some(unexpected)}"] if unexpected else []
-        parts += [f"{wrong[0]} is {given[wrong[0]]} instead of {wanted[wrong[0]]}"] if wrong else []
+        parts = [f"missing {_some(missing, theirs)}"] if missing else []
+        parts += [f"unexpected {_some(unexpected, theirs)}"] if unexpected else []
+        parts += [f"{_rename(name, theirs)} is {given[name]} instead of {wanted[name]}" for name in wrong[:1]]
         raise CheckpointError(f"the {what} does not fit its own configuration: {'; '.join(parts)}")
-    model.load_state_dict(_finished(state, what), assign=True)
+    model.load_state_dict(_finished(state, what, theirs), assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _finished(state: State, what: str) -> State:
+def _finished(state: State, what: str, theirs: list[tuple[str, str]]) -> State:
     """The tensors in float32, contiguous and checked to be numbers."""
     finished = {}
     with progress(len(state), f"convert {what}", "tensors", lines=4) as shown:
         for name, tensor in state.items():
             finished[name] = tensor.float().contiguous()
             if not torch.isfinite(finished[name]).all():
-                raise CheckpointError(f"the {what} holds values that are not numbers, in {name}: get it again")
+                where = _rename(name, theirs)
+                raise CheckpointError(f"the {what} holds values that are not numbers, in {where}: get it again")
             shown.advance()
     return finished
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: list[str], theirs: list[tuple[str, str]]) -> str:
+    shown = ", ".join(_rename(name, theirs) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

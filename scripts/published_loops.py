@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgen.generators.var import MAX_LOG_SCALE, VAR
+from vgen.generators.var import MAX_LOG_SCALE, VAR, modulate, unit
 
 
 class PublishedVAR:
@@ -32,20 +32,20 @@ class PublishedVAR:
         x = x + (model.position + model.scale_embed(model._scale_ids(x.device)))[place]
         for layer, (block, modulation) in enumerate(zip(model.blocks, now.blocks, strict=True)):
             gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale1 + shift1
+            normed = modulate(x, scale1, shift1)
             x = x + self._attend(block.attn, normed, cache, layer) * gate1
-            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale2 + shift2
+            normed = modulate(x, scale2, shift2)
             x = x + block.ffn(normed) * gate2
         cache["start"] = place.stop
-        return model.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * now.head[0] + now.head[1])
+        return model.head(modulate(x, *now.head))
 
     def _attend(self, attn: Any, x: Tensor, cache: dict[str, Any], layer: int) -> Tensor:
         batch, length, width = x.shape
         bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         qkv = F.linear(x, attn.qkv.weight, bias).view(batch, length, 3, attn.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q = F.normalize(q, dim=-1) * attn.log_scale.clamp_max(MAX_LOG_SCALE).exp()
-        k = F.normalize(k, dim=-1)
+        q = unit(q) * attn.log_scale.clamp_max(MAX_LOG_SCALE).exp()
+        k = unit(k)
         if cache["keys"][layer] is not None:
             k = torch.cat([cache["keys"][layer], k], dim=2)
             v = torch.cat([cache["values"][layer], v], dim=2)

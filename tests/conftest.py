@@ -1,6 +1,9 @@
 """Shared fixtures: tiny models with random weights (see tiny_models.py), fresh for every test."""
 
+from pathlib import Path
+
 import pytest
+import tiny
 import tiny_models
 import torch
 
@@ -25,3 +28,11 @@ def tiny_generator() -> VAR:
 def tiny_pipeline() -> NextScalePipeline:
     """Images of 8 x 8, scales (1, 2, 3, 4), 16 codes, classes "ankle boot", "bag" and "sneaker"."""
     return tiny_models.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved pipeline (tiny.tiny_pipeline), for a whole module: copy it before damaging it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.tiny_pipeline().save_pretrained(folder)
+    return folder

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     GENERATOR,
     TOKENIZER,
+    WEIGHTS,
     generator_config,
     published_files,
     python,
@@ -32,15 +33,6 @@ import vgen
 from vgen import cli
 from vgen.media import read_request
 from vgen.types import Request, SettingError
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import NAMES, tiny_pipeline
+from tiny import NAMES, WEIGHTS, tiny_pipeline
 
 import vgen
 from vgen import hub
 from vgen.types import CheckpointError, SettingError
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

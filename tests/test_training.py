@@ -19,7 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import GENERATOR, TOKENIZER, generator_config, python, tokenizer_config, write_folder, write_mnist
+from tiny import GENERATOR, TOKENIZER, WEIGHTS, generator_config, python, tokenizer_config, write_folder, write_mnist
 from torch import Tensor, nn
 
 import vgen
@@ -32,7 +32,6 @@ from vgen.training.trainer import Diverged, Interrupted, StepBatches, Trainer
 from vgen.types import SettingError
 
 CLOCKS = {"seconds", "cpu_seconds"}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = {0: "ant", 1: "bee", 2: "cat"}
 TOKENIZER: dict[str, Any] = {  # 8 x 8 grey images, 1 + 4 + 16 tokens
     "scales": [1, 2, 4],

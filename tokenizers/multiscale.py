@@ -81,6 +81,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.codebook = Codebook(vocab_size, code_dim, sites=len(self.scales))
         phi = [Phi(code_dim, code_dim, 3, padding=1) for _ in range(num_phi)]
         self.phi: Sequence[Phi] = nn.ModuleList(phi)  # type: ignore[assignment]
+        self.phi_of_scale = [phi_index(k, len(self.scales), num_phi) for k in range(len(self.scales))]
 
     @property
     def code_vectors(self) -> Tensor:
@@ -169,9 +170,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         grid = codes.transpose(1, 2).reshape(len(codes), -1, side, side)
         if side != full:
             grid = F.interpolate(grid, size=(full, full), mode="bicubic")
-        phi = self.phi[phi_index(scale, len(self.scales), len(self.phi))]
         with torch.autocast(grid.device.type, enabled=False):
-            smoothed = phi(grid)
+            smoothed = self.phi[self.phi_of_scale[scale]](grid)
         return latent + grid * (1 - self.phi_ratio) + smoothed * self.phi_ratio
 
     def read_scale(self, latent: Tensor, scale: int) -> Tensor:

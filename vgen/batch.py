@@ -53,16 +53,17 @@ def sample_to_files(
     if batch_size < 1:
         raise SettingError(f"batch-size is {batch_size}: it must be at least 1")
     paths: list[Path] = []
+    tiles: list[Image.Image] = []
     with progress(len(items), "sample", "images") as shown:
         for start in range(0, len(items), batch_size):
             chunk = items[start : start + batch_size]
             for item, image, request in _sample(pipeline, chunk, settings, sampler):
                 paths.append(out / item.name)
                 save_png(image, paths[-1], request)
+                tiles += [image] if sheet_columns else []
             shown.advance(len(chunk))
     if sheet_columns:
-        images = [_read(path) for path in paths]
-        save_png(contact_sheet(images, sheet_columns, sheet_zoom(images[0].width)), out / "sheet.png")
+        save_png(contact_sheet(tiles, sheet_columns, sheet_zoom(tiles[0].width)), out / "sheet.png")
     return paths
 
 
@@ -75,11 +76,6 @@ def _sample(
     request = pipeline.request(labels, seeds, sampler, settings)
     for row, (item, image) in enumerate(zip(items, images, strict=True)):
         yield item, image, request.row(row)
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:  # thousands of open files are too many
-        return image.convert("RGB")
 
 
 def from_request(request: Request, seed: int | None = None) -> list[Item]:

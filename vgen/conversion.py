@@ -120,7 +120,7 @@ VAR_NAMES = [  # published, ours; {i} is a number
     ("blocks.{i}.attn.mat_qkv.", "blocks.{i}.attn.qkv."),
     ("blocks.{i}.attn.scale_mul_1H11", "blocks.{i}.attn.log_scale"),
 ]
-# Follow from the configuration, so they are checked or dropped.
+# These follow from the configuration, and are dropped once it is known.
 VAR_BUFFERS = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias)$")
 
 
@@ -147,16 +147,10 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
     }
     if sum(side * side for side in config["scales"]) != state["pos_1LC"].shape[1]:
         raise CheckpointError(f"scales {config['scales']} do not add up to the {state['pos_1LC'].shape[1]} positions")
-    renamed = {}
-    for name, tensor in state.items():
-        if not VAR_BUFFERS.match(name):
-            renamed[_rename(name, VAR_NAMES)] = tensor
-    for name in ("start_position", "position"):
-        if name in renamed:
-            renamed[name] = renamed[name].squeeze(0)
-    for name in list(renamed):
-        if name.endswith(("adaln_table", "log_scale")):
-            renamed[name] = renamed[name].reshape(renamed[name].shape[1:] if "log_scale" in name else (6, width))
+    renamed = {_rename(name, VAR_NAMES): tensor for name, tensor in state.items() if not VAR_BUFFERS.match(name)}
+    for name, tensor in renamed.items():  # published tables have leading axes of 1, to be broadcast
+        if name.endswith(("position", "log_scale", "adaln_table")):
+            renamed[name] = tensor.flatten(0, 2 if name.endswith("adaln_table") else 1)
     return _build(VAR, config, renamed, "VAR transformer", VAR_NAMES)
 
 

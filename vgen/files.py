@@ -75,6 +75,11 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in the order in which their hash is taken."""
+    return sorted(folder.rglob("*.safetensors"))
+
+
 def safetensors_header(path: Path) -> dict | None:
     """The JSON header of a safetensors file, or None where `path` holds something else. Reads no tensor."""
     size = path.stat().st_size
@@ -108,8 +113,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # of old pickle protocols; what matters is raised
-            # torch goes by the name of a path, but not by that of an open file
-            mapped = _is_zip(path) and path.suffix != ".safetensors"
+            # torch maps zip files only, and goes by the name of a path, but not by that of an open file
+            mapped = file.read(2) == b"PK" and path.suffix != ".safetensors"
+            file.seek(0)
             loaded = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -121,8 +127,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
     return loaded
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"

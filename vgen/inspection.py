@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen import hub
-from vgen.files import safetensors_header, sha256
+from vgen.files import safetensors_header, sha256, weight_files
 from vgen.media import read_request
 from vgen.types import CheckpointError, SettingError
 
@@ -59,7 +59,7 @@ def _describe_model(folder: Path) -> dict[str, Any]:
             components[config.parent.name] = {key: value for key, value in values.items() if key[0] != "_"}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} has a damaged configuration: get the model again") from error
-    files = sorted(folder.rglob("*.safetensors"))
+    files = weight_files(folder)
     shapes = [shape for file in files for shape in _shapes(file, safetensors_header(file)).values()]
     return {
         "pipeline": index.get("_class_name"),

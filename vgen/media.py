@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vgen.files import atomic_file
-from vgen.types import MAX_REQUEST_CHARACTERS, Request, SettingError
+from vgen.types import Request, SettingError
 
 KEY = "vgen"  # keyword of the iTXt chunk that carries a Request
 
@@ -43,9 +43,10 @@ def read_request(path: Path) -> Request:
         raise SettingError(f"{path} is not a readable picture: {error}") from error
     if not text:
         raise SettingError(f"{path} carries no vgen request: it was not made by vgen, or its metadata was stripped")
-    if len(text) > MAX_REQUEST_CHARACTERS:
-        raise SettingError(f"{path} carries a request of {len(text)} characters, over {MAX_REQUEST_CHARACTERS}")
-    return Request.from_json(text)
+    try:
+        return Request.from_json(text)
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from error
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:

@@ -41,13 +41,6 @@ class Progress:
             text += f", {_duration(seconds)}"
         return f"{text}  {self.note}".rstrip()
 
-    def write(self, message: str) -> None:
-        """A line of its own, above the bar."""
-        if self.bar is not None:
-            self.bar.write(message, file=sys.stderr)
-        else:
-            print(message, file=sys.stderr, flush=True)
-
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()

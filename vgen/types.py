@@ -5,7 +5,7 @@ Knows no model, no file format and no user interface.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -69,8 +69,7 @@ class Request:
     def row(self, index: int) -> "Request":
         """The request that makes sample `index` of this one alone."""
         labels = None if self.class_labels is None else [self.class_labels[index]]
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Request(**(values | {"class_labels": labels, "seeds": [self.seeds[index]]}))
+        return replace(self, class_labels=labels, seeds=[self.seeds[index]])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

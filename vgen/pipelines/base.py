@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vgen import __version__
 from vgen.data import to_uint8
-from vgen.files import sha256
+from vgen.files import sha256, weight_files
 from vgen.media import to_pil
 from vgen.rng import BatchStream, SampleStreams
 from vgen.types import Output, Request, Rng, SettingError, Step
@@ -73,8 +73,7 @@ class Pipeline(DiffusionPipeline):
 
     @staticmethod
     def render(images: Tensor, output_type: str) -> Any:
-        """Images (B, 3, H, W) in [0, 1] -> the output type that was asked for; only "pil" rounds to 256 levels."""
-        check_output_type(output_type)
+        """Images (B, 3, H, W) in [0, 1] -> "pil", which alone rounds to 256 levels, "pt" or "np"."""
         if output_type == "pil":
             return to_pil(to_uint8(images))
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
@@ -102,7 +101,7 @@ class Pipeline(DiffusionPipeline):
         batch = len(ids) if ids is not None else len(seeds) if seeds is not None else 1
         if batch == 0:
             raise SettingError("nothing to sample: class_labels and seeds are empty")
-        labels = torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
+        labels = self.label_tensor(ids, batch)
         if generator is not None:
             return labels, BatchStream(generator, batch, self.device)
         return labels, SampleStreams(seeds or [secrets.randbits(32) for _ in range(batch)], self.device)
@@ -135,6 +134,10 @@ class Pipeline(DiffusionPipeline):
         class_labels = _plain(class_labels)
         labels = [class_labels] if isinstance(class_labels, (int, str)) else class_labels
         return [self._label_id(label) for label in labels]
+
+    def label_tensor(self, ids: list[int] | None, batch: int) -> Tensor:
+        """Class ids (B,) on the pipeline's device, the null class for None."""
+        return torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
 
     def _label_id(self, label: int | str) -> int:
         last = self.null_class - 1
@@ -176,7 +179,7 @@ class Pipeline(DiffusionPipeline):
     def checkpoint(self) -> str:
         """Hash of the weights: of the files where the pipeline was loaded from a folder, else of the tensors."""
         if not hasattr(self, "_checkpoint"):
-            files = sorted(self.folder.rglob("*.safetensors")) if self.folder else []
+            files = weight_files(self.folder) if self.folder else []
             self._checkpoint = sha256(*files) if files else self._hash_tensors()
         return self._checkpoint
 

@@ -109,13 +109,10 @@ class NextScalePipeline(Pipeline):
             class_labels: what to paint; None paints without a class.
             settings: those of the call. One image with several seeds or labels gives as many versions.
         """
-        self.check_tokenizer()
         check_output_type(output_type)
         if output_type == "latent":
             raise SettingError("edit composites pixels: output_type must be 'pil', 'np' or 'pt'")
-        original = to_pixels(image, self.tokenizer.image_size)
-        painted = to_mask(mask, self.tokenizer.image_size)
-        steps, rng = self._begin_edit(original, painted, class_labels, **settings)
+        steps, rng, original, painted = self._begin_edit(image, mask, class_labels, **settings)
         output = self.run(steps, rng, "pt")
         generated = to_uint8(output.images)
         token = self.tokenizer.image_size // self.tokenizer.scales[-1]
@@ -124,14 +121,15 @@ class NextScalePipeline(Pipeline):
 
     def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
         """The steps of `edit`, before compositing."""
-        self.check_tokenizer()
-        size = self.tokenizer.image_size
-        return self._begin_edit(to_pixels(image, size), to_mask(mask, size), class_labels, **settings)[0]
+        return self._begin_edit(image, mask, class_labels, **settings)[0]
 
     @torch.no_grad()
     def _begin_edit(
-        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
-    ) -> tuple[Iterator[Step], Rng]:
+        self, image: Any, mask: Any, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng, Tensor, Tensor]:
+        """The steps and their noise, the image (B, 3, S, S) uint8 and what is painted over (S, S) bool."""
+        self.check_tokenizer()
+        original, painted = to_pixels(image, self.tokenizer.image_size), to_mask(mask, self.tokenizer.image_size)
         source = self.tokenizer.encode_latent(to_model_range(original))
         keep = keep_masks(painted, self.tokenizer.scales)
 
@@ -139,7 +137,8 @@ class NextScalePipeline(Pipeline):
             given = self.tokenizer.quantize_scale(source - latent, scale)
             return keep[scale].to(given.device).expand(len(given), -1), given
 
-        return self._begin(class_labels, dictation=dictate, images=len(original), **settings)
+        steps, rng = self._begin(class_labels, dictation=dictate, images=len(original), **settings)
+        return steps, rng, original, painted
 
     @torch.no_grad()
     def decode_floats(self, step: Step | Sequence[Tensor]) -> Tensor:
@@ -154,7 +153,7 @@ class NextScalePipeline(Pipeline):
         self.check_tokenizer()
         ids = self.label_ids(class_labels)
         batch = len(tokens[0])
-        labels = torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
+        labels = self.label_tensor(ids, batch)
         if len(labels) != batch:
             raise SettingError(f"{len(labels)} class labels for {batch} rows of tokens: give one per row")
         return self.generator(self.tokenizer.context(tokens), labels)

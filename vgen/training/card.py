@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
+from vgen import __version__
 from vgen.training.config import TrainingConfig
-
-LEFT_OUT = ("step", "seconds", "cpu_seconds", "lr", "gradient")
+from vgen.training.curves import BOOKKEEPING
 
 
 def model_card(
@@ -22,7 +22,7 @@ def model_card(
         "steps": f"{config.steps}, batch {config.batch_size}",
         "time": f"{cpu_seconds / 60:.0f} CPU-minutes of training steps ({seconds / 60:.0f} minutes of wall clock)",
         "code revision": revision(),
-        **{name: f"{value:.4g}" for name, value in figures.items() if name not in LEFT_OUT},
+        **{name: f"{value:.4g}" for name, value in figures.items() if name not in BOOKKEEPING},
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     head = f"---\nlicense: {config.license}\nlibrary_name: vgen\n---\n# {config.name}\n"
@@ -31,8 +31,6 @@ def model_card(
 
 def revision() -> str:
     """The git commit of this checkout, or the released version."""
-    from vgen import __version__
-
     root = Path(__file__).parents[2]
     if (root / "pyproject.toml").is_file():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-LEFT_OUT = {"step", "seconds", "cpu_seconds", "gradient", "lr"}
+BOOKKEEPING = {"step", "seconds", "cpu_seconds", "gradient", "lr"}  # logged, but no measure of a model
 
 
 def plot_curves(lines: Sequence[dict[str, float]], title: str, path: Path) -> None:
@@ -11,7 +11,7 @@ def plot_curves(lines: Sequence[dict[str, float]], title: str, path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = sorted({name for line in lines for name in line} - LEFT_OUT)
+    names = sorted({name for line in lines for name in line} - BOOKKEEPING)
     if not names:
         return
     columns = min(3, len(names))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
-from vgen.files import atomic_file, sha256
+from vgen.files import atomic_file, sha256, weight_files
 from vgen.generators.var import VAR
 from vgen.media import contact_sheet, sheet_zoom
 from vgen.pipelines.next_scale import NextScalePipeline
@@ -69,7 +69,8 @@ class GeneratorTask:
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
 
     def _context(self, tokens: Tensor) -> Tensor:
-        self.tokenizer.to(tokens.device)
+        if self.tokenizer.device != tokens.device:
+            self.tokenizer.to(tokens.device)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             return self.tokenizer.context(tokens.split(self.lengths, dim=1))
 
@@ -116,7 +117,7 @@ class GeneratorTask:
         Kept beside the data set under a name that says which tokenizer and which images they belong to.
         """
         config, tokenizer = self.config, self.tokenizer
-        coder = sha256(*sorted(self.tokenizer_folder.glob("*.safetensors")), self.tokenizer_folder / "config.json")
+        coder = sha256(*weight_files(self.tokenizer_folder), self.tokenizer_folder / "config.json")
         key = hashlib.sha256(f"{coder} {source.fingerprint()} {copies} {crops}".encode()).hexdigest()[:16]
         path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
         if not path.exists():

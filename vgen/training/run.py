@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from vgen.files import atomic_file
 from vgen.training.config import TrainingConfig
-from vgen.training.trainer import Task, Trainer
+from vgen.training.trainer import Task, Trainer, checkpoints
 from vgen.types import SettingError
 
 
@@ -17,9 +17,9 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
 
     Raises SettingError where `out` holds a run already and `resume` is off, or none and it is on.
     """
-    if not resume and any(out.glob("checkpoints/step-*")):
+    if not resume and checkpoints(out):
         raise SettingError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-    if resume and not any(out.glob("checkpoints/step-*")):
+    if resume and not checkpoints(out):
         raise SettingError(f"nothing to resume in {out}: start without --resume")
     with PartialState().main_process_first():  # the first process caches tokens, the others read them
         task = build_task(config)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vgen.files import atomic_file, atomic_folder
+from vgen.media import save_png
 from vgen.progress import progress
 from vgen.training.card import model_card
 from vgen.training.config import TrainingConfig
@@ -107,6 +108,11 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """Finished checkpoints of the run in a folder, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
 class Trainer:
     """One run in one folder: checkpoints/, samples/, metrics.jsonl, curves.png and, at the end, model/."""
 
@@ -149,10 +155,6 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
 
-    def checkpoints(self) -> list[Path]:
-        """Finished checkpoints of this run, oldest first."""
-        return sorted((self.out / "checkpoints").glob("step-*"))
-
     def save(self) -> None:
         """Write a checkpoint, then drop the oldest beyond `keep`."""
         folder = self.out / "checkpoints" / f"step-{self.step:08}"
@@ -168,19 +170,17 @@ class Trainer:
                 partial.replace(folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for old in self.checkpoints()[: -self.config.keep]:
+            for old in checkpoints(self.out)[: -self.config.keep]:
                 shutil.rmtree(old)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint; raises SettingError where there is none."""
-        found = self.checkpoints()
-        if not found:
-            raise SettingError(f"nothing to resume in {self.out}: start without --resume")
+        """Continue from the newest checkpoint, which must exist. Raises CheckpointError where it is damaged."""
+        newest = checkpoints(self.out)[-1]
         try:
-            self.accelerator.load_state(str(found[-1]))
+            self.accelerator.load_state(str(newest))
         except (RuntimeError, ValueError, EOFError, KeyError, OSError, SafetensorError, UnpicklingError) as error:
             raise CheckpointError(
-                f"{found[-1]} is damaged or of another model: remove it to resume from the one before, or start anew"
+                f"{newest} is damaged or of another model: remove it to resume from the one before, or start anew"
             ) from error
         metrics = self.out / "metrics.jsonl"
         if metrics.exists() and self.accelerator.is_main_process:
@@ -316,8 +316,7 @@ class Trainer:
         with self.averaged():
             sheet = self.task.picture()
         path = self.out / "samples" / f"step-{self.step:08}.png"
-        with atomic_file(path) as partial:
-            sheet.save(partial, format="PNG")
+        save_png(sheet, path)
         with atomic_file(self.out / "curves.png") as partial:
             plot_curves(_whole_lines(self.out / "metrics.jsonl"), self.config.name, partial)
         for tracker in self.accelerator.trackers:

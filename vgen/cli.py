@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(
     name="train",
-    help="Train a tokenizer or a generator from a preset.",
+    help="Train a tokenizer, a generator or a classifier from a preset.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -69,6 +69,21 @@ def train_generator(
     Example: vgen train generator --preset fashion-var --set tokenizer=runs/fashion-vq/model
     """
     _train("generator", preset, settings, out, resume, data_root)
+
+
+@train_app.command("classifier")
+def train_classifier(
+    preset: Preset,
+    settings: Settings = [],  # noqa: B006
+    out: OutFolder = None,
+    resume: Resume = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Train a classifier for 'vgen evaluate' to judge samples by.
+
+    Example: vgen train classifier --preset fashion-classifier
+    """
+    _train("classifier", preset, settings, out, resume, data_root)
 
 
 def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None) -> None:

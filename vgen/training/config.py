@@ -19,15 +19,15 @@ PRESETS = Path(__file__).parent / "presets"
 class TrainingConfig:
     """Everything that decides a training run. Batch size and steps count optimizer steps over all processes."""
 
-    kind: str  # "tokenizer" or "generator"
+    kind: str  # "tokenizer", "generator" or "classifier"
     name: str
     data: str  # "fashion-mnist", "mnist" or a folder of class folders
     data_root: str | None = None
-    family: str  # "multiscale" for tokenizers; "var" for generators
+    family: str  # "multiscale" for tokenizers; "var" for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
     tokenizer: str | None = None  # folder of the trained tokenizer, for generators
-    image_size: int = 0  # tokenizers: 0 takes what the model implies
-    flip: bool = False  # horizontal flips: at random for tokenizers, as a second copy of the tokens for generators
+    image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on
+    flip: bool = False  # horizontal flips: at random; for generators as a second copy of the tokens for generators
     crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
 
     steps: int
@@ -63,7 +63,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "kind": ("tokenizer", "generator"),
+            "kind": ("tokenizer", "generator", "classifier"),
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear"),
             "precision": ("no", "fp16", "bf16"),
@@ -81,6 +81,10 @@ class TrainingConfig:
             raise SettingError(f"betas is {self.betas}: give two numbers from 0 to below 1")
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
+        if self.kind == "classifier" and self.image_size < 8:
+            raise SettingError(
+                f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
+            )
         if self.kind == "generator" and not self.tokenizer:
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 

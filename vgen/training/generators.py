@@ -19,6 +19,7 @@ from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.progress import progress
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
+from vgen.training.families import build_model
 from vgen.types import SettingError
 
 FAMILIES = {"var": VAR}
@@ -29,8 +30,6 @@ class GeneratorTask:
     """A next-scale generator and the tokens it learns from (vgen.training.trainer.Task)."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        if config.family not in FAMILIES:
-            raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(FAMILIES)}")
         self.config = config
         self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
         self.tokenizer = MultiScaleVQ.from_pretrained(self.tokenizer_folder).eval().requires_grad_(False)
@@ -38,22 +37,20 @@ class GeneratorTask:
         train = open_source(config.data, "train", size, channels, config.data_root)
         test = open_source(config.data, "test", size, channels, config.data_root)
         self.class_names = train.class_names
+        self.model = build_model(
+            FAMILIES,
+            config,
+            without=["init_gate"],
+            scales=self.tokenizer.scales,
+            vocab_size=self.tokenizer.config["vocab_size"],
+            code_dim=self.tokenizer.config["code_dim"],
+            num_classes=len(self.class_names),
+        )
+        self.model.init_weights(**({"gate": config.model["init_gate"]} if "init_gate" in config.model else {}))
+        self.lengths = [side * side for side in self.tokenizer.scales]
         self.labels, self.tokens = self._tokens(train, "train", 2 if config.flip else 1, config.crops)
         self.test_labels, self.test_tokens = self._tokens(test, "test", 1, 1)
         self.num_examples = len(self.tokens)
-        torch.manual_seed(config.seed)
-        try:
-            self.model = FAMILIES[config.family](
-                scales=self.tokenizer.scales,
-                vocab_size=self.tokenizer.config["vocab_size"],
-                code_dim=self.tokenizer.config["code_dim"],
-                num_classes=len(self.class_names),
-                **{name: value for name, value in config.model.items() if name != "init_gate"},
-            )
-        except TypeError as error:
-            raise SettingError(f"model settings of {config.name}: {error}") from error
-        self.model.init_weights(**({"gate": config.model["init_gate"]} if "init_gate" in config.model else {}))
-        self.lengths = [side * side for side in self.tokenizer.scales]
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(self.tokens[indices].astype(np.int64))

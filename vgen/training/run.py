@@ -37,6 +37,10 @@ def build_task(config: TrainingConfig) -> Task:
         from vgen.training.tokenizers import TokenizerTask
 
         return TokenizerTask(config)
+    if config.kind == "classifier":
+        from vgen.training.classifiers import ClassifierTask
+
+        return ClassifierTask(config)
     from vgen.training.generators import GeneratorTask
 
     return GeneratorTask(config)

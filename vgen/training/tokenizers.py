@@ -12,6 +12,7 @@ from vgen.data import open_source, spread, to_model_range, to_uint8, to_unit_ran
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
+from vgen.training.families import build_model
 from vgen.types import SettingError
 
 FAMILIES = {"multiscale": MultiScaleVQ}
@@ -23,14 +24,8 @@ class TokenizerTask:
     """A tokenizer and the images it learns from (vgen.training.trainer.Task)."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        if config.family not in FAMILIES:
-            raise SettingError(f"unknown tokenizer family {config.family!r}: use one of {', '.join(FAMILIES)}")
-        torch.manual_seed(config.seed)
         self.config = config
-        try:
-            self.model = FAMILIES[config.family](**config.model)
-        except TypeError as error:
-            raise SettingError(f"model settings of {config.name}: {error}") from error
+        self.model = build_model(FAMILIES, config)
         size, channels = self.model.image_size, self.model.config["image_channels"]
         if config.image_size not in (0, size):
             raise SettingError(f"image_size is {config.image_size}, but the model's scales give {size}")

@@ -100,50 +100,63 @@ def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume
     print(folder)
 
 
+# What decides a run of samples: `vgen sample` and `vgen evaluate MODEL` share it.
+Classes = Annotated[
+    str | None, typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")]
+SamplerName = Annotated[str | None, typer.Option("--sampler", help="Default: the model's own.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="1 is off; default 2.")]
+GuidanceSchedule = Annotated[str | None, typer.Option(help="linear (default) or constant.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")]
+Temperature = Annotated[float | None, typer.Option(help="Default 1; 0 takes the likeliest code.")]
+MoreSmooth = Annotated[bool | None, typer.Option("--more-smooth", help="VAR's smoothing; nicer, but worse FID.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where present.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")]
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings whose flags were used."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 @app.command()
 def sample(
     model: Annotated[
         str | None, typer.Argument(help="A bundled name (see 'vgen models'), a folder or a Hub id.")
     ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional."),
-    ] = None,
+    classes: Classes = None,
     per_class: Annotated[int, typer.Option(help="Images per class.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")] = None,
+    seed: Seed = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    sampler: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is off; default 2.")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="linear (default) or constant.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default 1; 0 takes the likeliest code.")] = None,
-    more_smooth: Annotated[
-        bool | None, typer.Option("--more-smooth", help="VAR's smoothing; nicer, but worse FID.")
-    ] = None,
+    sampler: SamplerName = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_schedule: GuidanceSchedule = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    temperature: Temperature = None,
+    more_smooth: MoreSmooth = None,
     batch_size: Annotated[int, typer.Option(help="Images sampled at once; changes speed, not images.")] = 16,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
     ] = False,
     source: Annotated[Path | None, typer.Option("--from", help="Repeat the request inside a PNG made by vgen.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where present.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Sample images into files; each PNG carries the request that repeats it.
 
     Example: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
     """
-    given = {
-        "guidance_scale": guidance_scale,
-        "guidance_schedule": guidance_schedule,
-        "top_k": top_k,
-        "top_p": top_p,
-        "temperature": temperature,
-        "more_smooth": more_smooth,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = _given(
+        guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        more_smooth=more_smooth,
+    )
     if source is not None:
         if classes is not None or per_class != 1 or sheet:
             raise typer.BadParameter("--from repeats what is in its file: leave out --classes, --per-class and --sheet")
@@ -222,6 +235,116 @@ def _parse_classes(text: str | None, pipeline: Any) -> list[int] | None:
     if not labels:
         raise typer.BadParameter(f"--classes {text!r} names no class: write names, ids or ranges like sneaker,0-4")
     return pipeline.label_ids(labels)
+
+
+@app.command()
+def evaluate(
+    images: Annotated[
+        str | None,
+        typer.Argument(help="Images (a folder, .npz, .tar or fashion-mnist:test), or a model here to sample from."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What to compare with: images as above, or an .npz of statistics.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="fid,sfid,kid,is,prc,frechet,mmd,accuracy,memorization; prc@pixels for another network."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Judge this model's reconstructions of the reference: rfid,psnr,ssim,mse.")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="Training images, for memorization.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures and protocol to this file.")] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Write the images' statistics to this .npz, to be a --reference later.")
+    ] = None,
+    nearest_sheet: Annotated[
+        Path | None, typer.Option(help="With memorization: PNG of the closest images and their training neighbours.")
+    ] = None,
+    grid: Annotated[
+        list[str], typer.Option("--grid", metavar="SETTING=A,B,C", help="Evaluate a model at each value; repeatable.")
+    ] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="With --grid: folder for curve.csv, curve.json and curve.png.")] = Path(
+        "curve"
+    ),
+    weights: Annotated[Path | None, typer.Option(help="The FID Inception's weights.")] = None,
+    fvd_weights: Annotated[Path | None, typer.Option(help="i3d_torchscript.pt, for fvd.")] = None,
+    resize: Annotated[
+        str, typer.Option(help="legacy (TensorFlow 1's, as published) or clean (clean-fid's).")
+    ] = "legacy",
+    extractor_dtype: Annotated[str, typer.Option(help="Inception's: float32, or bfloat16 for speed.")] = "float32",
+    neighbours: Annotated[int, typer.Option(help="k of precision and recall.")] = 3,
+    kid_subsets: Annotated[int, typer.Option(help="Random subsets of KID.")] = 100,
+    kid_subset_size: Annotated[int, typer.Option(help="Images in each.")] = 1000,
+    splits: Annotated[int, typer.Option(help="Parts of the Inception Score.")] = 10,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out files that cannot be read; exit code 3.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of extracted features; default $VGEN_CACHE/features.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images sampled, and kept in the cache, together.")] = 64,
+    classes: Classes = None,
+    per_class: Annotated[int, typer.Option(help="Samples per class, where a model was given.")] = 50,
+    seed: Seed = None,
+    sampler: SamplerName = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_schedule: GuidanceSchedule = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    temperature: Temperature = None,
+    more_smooth: MoreSmooth = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Judge images, a model's samples or a tokenizer's reconstructions; every figure comes with its protocol.
+
+    Example: vgen evaluate samples/ --reference fashion-mnist:test --metrics fid,kid,prc
+    """
+    from vgen.evaluation.run import Task, run
+
+    settings = _given(
+        guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        more_smooth=more_smooth,
+    )
+    task = Task(
+        images=images,
+        reference=reference,
+        metrics=metrics,
+        tokenizer=tokenizer,
+        train=train,
+        json_file=json_file,
+        save_statistics=save_statistics,
+        nearest_sheet=nearest_sheet,
+        grid=grid,
+        out=out,
+        weights=weights,
+        fvd_weights=fvd_weights,
+        resize=resize,
+        extractor_dtype=extractor_dtype,
+        neighbours=neighbours,
+        kid_subsets=kid_subsets,
+        kid_subset_size=kid_subset_size,
+        splits=splits,
+        skip_broken=skip_broken,
+        cache=cache,
+        batch_size=batch_size,
+        per_class=per_class,
+        seed=seed or 0,
+        sampler=sampler,
+        settings=settings,
+        device=device,
+        dtype=dtype,
+        data_root=data_root,
+    )
+    broken = run(task, lambda pipeline: _parse_classes(classes, pipeline))
+    if broken:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command()

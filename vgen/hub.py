@@ -37,15 +37,9 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     Raises SettingError for an unknown name, CheckpointError for damaged files.
     """
     folder = find(str(name))
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise SettingError(f"device is {device!r}: use 'cpu' or 'cuda'") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError("device is 'cuda', but no GPU is visible: use device='cpu'")
-    kind = parse_dtype(dtype) if dtype is not None else torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    chosen, kind = _place(device, dtype)
     pipeline_class, components, config = _read_index(folder)
-    parts = {role: _load_component(cls, folder / role, kind) for role, cls in components.items()}
+    parts = {role: load_component(cls, folder / role, kind) for role, cls in components.items()}
     try:
         pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
     except (TypeError, AttributeError) as error:
@@ -53,6 +47,36 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.source, pipeline.folder = str(name), folder
     return pipeline.to(chosen)
+
+
+def load_tokenizer(name: str | Path, *, device: Any = None, dtype: Any = None) -> tuple[Any, Path]:
+    """A tokenizer and its folder: of a pipeline that `load` takes, or trained by itself. Raises like `load`."""
+    own = Path(name).expanduser()
+    folder = own if (own / "config.json").is_file() else find(str(name)) / "tokenizer"
+    chosen, kind = _place(device, dtype)
+    try:
+        class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(
+            f"{name} holds no tokenizer: name a pipeline that has one, or a trained tokenizer"
+        ) from error
+    known = {cls.__name__: cls for cls in COMPONENTS if hasattr(cls, "encode") and hasattr(cls, "decode")}
+    if class_name not in known:
+        raise SettingError(f"{name} is a {class_name}, no tokenizer: use one of {', '.join(known)}")
+    return load_component(known[class_name], folder, kind).to(chosen), folder
+
+
+def _place(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+    """Where and in which precision to load: by default on the GPU in bfloat16, else on the CPU in float32."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SettingError(f"device is {device!r}: use 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError("device is 'cuda', but no GPU is visible: use device='cpu'")
+    if dtype is not None:
+        return chosen, parse_dtype(dtype)
+    return chosen, torch.float32 if chosen.type == "cpu" else torch.bfloat16
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -117,7 +141,7 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
     return PIPELINES[name], {role: known[found] for role, found in components.items()}, config
 
 
-def _load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A model whose weights are all there and all used. Raises CheckpointError."""
     try:
         # diffusers would cast a tokenizer's codes too; loaded in float32 and cast by itself, it keeps them.

@@ -11,13 +11,15 @@ from tqdm import tqdm
 class Progress:
     """Counts `total` units of work and shows them."""
 
-    def __init__(self, total: int, label: str, unit: str, start: int = 0, lines: int = 20) -> None:
+    def __init__(self, total: int, label: str, unit: str, start: int = 0, lines: int = 20, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.total, self.label, self.unit = total, label, unit
         self.done = self.start = start
         self.began = time.monotonic()
         self.note = ""
         self.every = max(1, total // lines)
-        terminal = sys.stderr.isatty()
+        self.said = self.began
+        terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, initial=start, desc=label, unit=f" {unit}", leave=True) if terminal else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -27,8 +29,11 @@ class Progress:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif before // self.every != self.done // self.every or self.done >= self.total:
-            print(self.line(), file=sys.stderr, flush=True)
+        elif not self.quiet and (before // self.every != self.done // self.every or self.done >= self.total):
+            now = time.monotonic()
+            if now - self.said >= 1:  # what takes no time needs no lines
+                self.said = now
+                print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
         """The state in words: count, rate and time left."""
@@ -47,9 +52,11 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, label: str, unit: str, start: int = 0, lines: int = 20) -> Iterator[Progress]:
-    """Show the progress of the work done in the `with` block."""
-    shown = Progress(total, label, unit, start, lines)
+def progress(
+    total: int, label: str, unit: str, start: int = 0, lines: int = 20, quiet: bool = False
+) -> Iterator[Progress]:
+    """Show the progress of the work done in the `with` block, unless `quiet`."""
+    shown = Progress(total, label, unit, start, lines, quiet)
     try:
         yield shown
     finally:

@@ -1,0 +1,425 @@
+"""Judging a set of images: which figures, against what, by which network, under which protocol."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen import __version__
+from vgen.evaluation import metrics as math
+from vgen.evaluation.extractors import CLASSIFIER, INCEPTION, Extractor, ExtractorOptions, build_extractor
+from vgen.evaluation.features import Features, FeatureStore, Wanted, extract, processes
+from vgen.evaluation.images import ImageSet, open_images
+from vgen.evaluation.inception import NAME, OFFICIAL_FILE, cache_root
+from vgen.evaluation.report import Report
+from vgen.evaluation.sampled import ReconstructedImages
+from vgen.evaluation.statistics import (
+    Statistics,
+    check_comparable,
+    extractor_facts,
+    measure,
+    read_statistics,
+    save_statistics,
+)
+from vgen.types import SettingError
+
+FULL_RANK = 2049  # images from which the covariance of Inception's 2048 features has full rank
+TRUSTED = 10_000  # images from which FID's bias is small
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate."""
+
+    extractors: ExtractorOptions = field(default_factory=ExtractorOptions)
+    neighbours: int = 3  # of precision and recall
+    subsets: int = 100  # of KID
+    subset_size: int = 1000
+    splits: int = 10  # of the Inception Score
+    batch_size: int = 64  # images per chunk of the cache
+    cache: Path = field(default_factory=lambda: cache_root() / "features")
+
+    def __post_init__(self) -> None:
+        for name in ("neighbours", "subsets", "splits", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.subset_size < 2:
+            raise SettingError(f"kid-subset-size is {self.subset_size}: it must be at least 2")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: other images, a file of statistics, or both in one file, as ADM's."""
+
+    name: str
+    images: ImageSet | None = None
+    statistics: Statistics | None = None
+
+
+def open_reference(text: str, *, skip_broken: bool = False, data_root: Path | None = None) -> Reference:
+    """Open anything `open_images` takes, or an .npz with `mu` and `sigma`."""
+    path = Path(text).expanduser()
+    if path.suffix == ".npz" and path.is_file() and (statistics := read_statistics(path)) is not None:
+        from vgen.evaluation.images import ArrayImages, ArrayMember
+
+        try:
+            ArrayMember(path, "arr_0")
+        except SettingError:
+            return Reference(text, statistics=statistics)
+        return Reference(text, ArrayImages(text, path), statistics)
+    return Reference(text, open_images(text, skip_broken=skip_broken, data_root=data_root))
+
+
+# ---- metrics
+
+
+@dataclass
+class Judged:
+    """All that a metric may look at."""
+
+    fake: Features
+    extractor: Extractor
+    options: Options
+    reference: Reference | None
+    real: Features | None
+    train: Features | None
+    layer: str
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # what the protocol says besides
+
+    def real_moments(self) -> tuple[Tensor, Tensor]:
+        statistics = self.reference.statistics if self.reference else None
+        if statistics is not None and self.layer in statistics.moments:
+            return statistics.moments[self.layer]
+        assert self.real is not None
+        return measure(self.real, self.extractor, self.layer)
+
+    def rows(self, features: Features | None) -> Tensor:
+        assert features is not None
+        return features.all(self.extractor, self.layer).to(self.options.extractors.device)
+
+
+def _frechet(judged: Judged) -> dict[str, float]:
+    mean, covariance = judged.real_moments()
+    own_mean, own_covariance = measure(judged.fake, judged.extractor, judged.layer)
+    if len(mean) != len(own_mean):
+        raise SettingError(f"the reference has {len(mean)} features, {judged.extractor.name} gives {len(own_mean)}")
+    return {"": math.frechet_distance(own_mean, own_covariance, mean, covariance)}
+
+
+def _kernel(judged: Judged) -> dict[str, float]:
+    options = judged.options
+    fake, real = judged.rows(judged.fake), judged.rows(judged.real)
+    found = math.kernel_distance(fake, real, options.subsets, options.subset_size)
+    judged.notes["subsets"] = f"{found.subsets}x{found.subset_size}"
+    return {"": found.mean, "std": found.std, "se": found.error}
+
+
+def _inception_score(judged: Judged) -> dict[str, float]:
+    judged.notes["splits"] = judged.options.splits
+    mean, std = math.inception_score(judged.rows(judged.fake), judged.options.splits)
+    return {"": mean, "std": std}
+
+
+def _precision_recall(judged: Judged) -> dict[str, float]:
+    judged.notes["k"] = judged.options.neighbours
+    fake, real = judged.rows(judged.fake), judged.rows(judged.real)
+    precision, recall = math.precision_recall(fake, real, judged.options.neighbours)
+    return {"precision": precision, "recall": recall}
+
+
+def _accuracy(judged: Judged) -> dict[str, float]:
+    labels = torch.tensor(judged.fake.images.labels)
+    right = judged.rows(judged.fake).argmax(1).cpu() == labels
+    names = getattr(judged.extractor, "class_names", [])
+    judged.details["accuracy_per_class"] = {
+        names[label] if label < len(names) else str(label): float(right[labels == label].double().mean())
+        for label in sorted(set(labels.tolist()))
+    }
+    return {"": float(right.double().mean())}
+
+
+def _memorization(judged: Judged) -> dict[str, float]:
+    """Distances to the nearest training image: of the samples, and of held-out images, which cannot be memorised."""
+    assert judged.train is not None
+    found, index = math.nearest(judged.rows(judged.fake), judged.train.blocks(judged.extractor, judged.layer))
+    closest = found.argsort()[:16]
+    judged.details["nearest"] = [
+        {"image": int(i), "train": int(index[i]), "distance": float(found[i])} for i in closest.tolist()
+    ]
+    figures = {"nearest_train": float(found.median())}
+    if judged.real is not None:
+        held_out, _ = math.nearest(judged.rows(judged.real), judged.train.blocks(judged.extractor, judged.layer))
+        figures["nearest_train_reference"] = float(held_out.median())
+        # 1% where samples lie no nearer to the training images than held-out images do
+        figures["nearer_than_reference"] = float((found < held_out.quantile(0.01)).double().mean())
+    return figures
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure: what it is computed from, and by which network when nothing else is said."""
+
+    compute: Callable[[Judged], dict[str, float]]
+    extractor: str
+    layer: str = "features"
+    fixed: bool = False  # the name means this extractor and no other
+    reference: str = "images"  # "images", "moments" (statistics will do), "optional" or "none"
+
+
+METRICS = {
+    "fid": Metric(_frechet, INCEPTION, fixed=True, reference="moments"),
+    "sfid": Metric(_frechet, INCEPTION, "spatial", fixed=True, reference="moments"),
+    "kid": Metric(_kernel, INCEPTION, fixed=True),
+    "is": Metric(_inception_score, INCEPTION, "logits", fixed=True, reference="none"),
+    "prc": Metric(_precision_recall, INCEPTION),
+    "frechet": Metric(_frechet, CLASSIFIER, reference="moments"),
+    "mmd": Metric(_kernel, CLASSIFIER),
+    "accuracy": Metric(_accuracy, CLASSIFIER, "logits", reference="none"),
+    "memorization": Metric(_memorization, CLASSIFIER, reference="optional"),
+}
+PAIRED = ("psnr", "ssim", "mse")  # of reconstructions and their originals
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A metric as the user asked for it: "fid", "prc@pixels"."""
+
+    text: str
+    name: str
+    metric: Metric | None  # None for the paired ones
+    extractor: str
+
+    def key(self, part: str) -> str:
+        """Name of a figure in the report: fid, kid_std, precision, precision@pixels."""
+        whole = part if part in ("precision", "recall") or part.startswith("near") else f"{self.name}_{part}"
+        whole = whole if part else self.name
+        suffix = f"@{self.extractor}" if self.metric and self.extractor != self.metric.extractor else ""
+        return whole + suffix
+
+
+def parse_metrics(text: str, reconstructed: bool = False) -> list[Asked]:
+    """ "fid,kid,prc@pixels" -> what to compute. Raises SettingError naming what there is."""
+    asked = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, extractor = part.partition("@")
+        if name in PAIRED or name == "rfid":
+            if not reconstructed:
+                raise SettingError(f"{name} compares reconstructions with their originals: name a --tokenizer")
+        elif name not in METRICS:
+            raise SettingError(f"unknown metric {name!r}: use {', '.join((*METRICS, 'rfid', *PAIRED))}")
+        name = "rfid" if reconstructed and name == "fid" else name
+        metric = METRICS["fid" if name == "rfid" else name] if name not in PAIRED else None
+        if extractor and metric is not None and metric.fixed and extractor != metric.extractor:
+            raise SettingError(
+                f"{name} means Inception's features: of another network's it is "
+                f"{'mmd' if name == 'kid' else 'frechet'}@{extractor}"
+            )
+        if extractor and metric is None:
+            raise SettingError(f"{name} compares pixels and takes no extractor")
+        asked.append(Asked(part, name, metric, extractor or (metric.extractor if metric else "")))
+    if not asked:
+        raise SettingError(f"no metric to compute: use {', '.join(METRICS)}")
+    return asked
+
+
+# ---- the evaluation
+
+
+def build_extractors(asked: Sequence[Asked], options: ExtractorOptions) -> dict[str, Extractor]:
+    """The networks that the metrics need, by name. Raises SettingError where a metric cannot have what it needs."""
+    extractors = {
+        name: build_extractor(name, options)
+        for name in dict.fromkeys(item.extractor for item in asked if item.metric is not None)
+    }
+    for item in asked:
+        if item.metric is None or item.metric.layer in extractors[item.extractor].layers:
+            continue
+        if item.name == "is":
+            raise SettingError(
+                "the Inception Score needs the classification layer, and these weights come without it: give "
+                f"torch-fidelity's {OFFICIAL_FILE} with --weights, or leave 'is' out"
+            )
+        given = ", ".join(extractors[item.extractor].layers)
+        raise SettingError(f"{item.text} needs {item.metric.layer}; {extractors[item.extractor].name} gives {given}")
+    return extractors
+
+
+class Evaluator:
+    """Networks and cache for any number of evaluations against one reference."""
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        extractors: dict[str, Extractor],
+        reference: Reference | None = None,
+        train: ImageSet | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self.asked, self.extractors, self.reference, self.train = list(asked), extractors, reference, train
+        self.options = options or Options()
+        self.store = FeatureStore(self.options.cache)
+        self.warnings: list[str] = list(reference.images.warnings) if reference and reference.images else []
+        for item in self.asked:
+            self._check(item)
+        self.real = self._extract_all(reference.images if reference else None, self._needs_real)
+        self.learnt = self._extract_all(train, lambda item: item.name == "memorization")
+
+    def _check(self, item: Asked) -> None:
+        """Raise SettingError for what cannot be computed, before hours of work."""
+        metric, reference = item.metric, self.reference
+        if metric is None:
+            return
+        extractor = self.extractors[item.extractor]
+        if metric.reference in ("images", "moments"):
+            if reference is None:
+                raise SettingError(f"{item.name} compares with a reference: name one with --reference")
+            if reference.images is None and (metric.reference == "images" or not self._has_moments(item)):
+                wanted = "images" if metric.reference == "images" else f"the {metric.layer} of images"
+                raise SettingError(f"{item.name} needs {wanted}, and {reference.name} holds other statistics alone")
+        if self._has_moments(item) and reference is not None and reference.statistics is not None:
+            found = check_comparable(reference.statistics, extractor, reference.name)
+            self.warnings += [warning for warning in found if warning not in self.warnings]
+        if item.name == "memorization" and self.train is None:
+            raise SettingError("memorization compares with the training images: name them with --train")
+
+    def _has_moments(self, item: Asked) -> bool:
+        """Whether the reference's file has the statistics that a metric compares with."""
+        if item.metric is None or item.metric.reference != "moments" or self.reference is None:
+            return False
+        statistics = self.reference.statistics
+        return statistics is not None and item.metric.layer in statistics.moments
+
+    def _needs_real(self, item: Asked) -> bool:
+        return item.metric is not None and item.metric.reference != "none" and not self._has_moments(item)
+
+    def _extract_all(self, images: ImageSet | None, needed: Callable[[Asked], bool]) -> Features | None:
+        """Features of a set for all metrics that need them; None where none does."""
+        chosen = [item for item in self.asked if needed(item)]
+        return extract(images, self._wanted(chosen), self.store, self.options.batch_size) if images and chosen else None
+
+    def _wanted(self, asked: Sequence[Asked]) -> Wanted:
+        layers: dict[str, list[str]] = {}
+        for item in asked:
+            if item.metric is not None:
+                layers.setdefault(item.extractor, [])
+                if item.metric.layer not in layers[item.extractor]:
+                    layers[item.extractor].append(item.metric.layer)
+        return {name: (self.extractors[name], tuple(found)) for name, found in layers.items()}
+
+    def run(self, images: ImageSet) -> Report | None:
+        """Extract and judge one set of images; the report comes from the main process, the others return None."""
+        self._check_images(images)
+        fake = extract(images, self._wanted(self.asked), self.store, self.options.batch_size)
+        if not processes().is_main_process:
+            return None
+        report = Report(images=self._image_facts(fake), warnings=self._warnings(fake))
+        for item in self.asked:
+            if item.metric is None:
+                report.add(item.name, float(fake.records[item.name].mean()), {"resolution": images.facts["size"]})
+                continue
+            extractor = self.extractors[item.extractor]
+            judged = Judged(
+                fake, extractor, self.options, self.reference, self.real, self.learnt, item.metric.layer, report.details
+            )
+            figures = item.metric.compute(judged)
+            protocol = self._protocol(item, extractor) | judged.notes
+            for part, value in figures.items():
+                report.add(item.key(part), value, protocol)
+        for name in ("seconds", "evaluations"):
+            if name in fake.records:
+                report.add(f"{name}_per_image", float(fake.records[name].mean()), {})
+        return report
+
+    def _check_images(self, images: ImageSet) -> None:
+        for item in self.asked:
+            if item.metric is None and not isinstance(images, ReconstructedImages):
+                raise SettingError(f"{item.name} compares reconstructions with their originals: name a --tokenizer")
+            if item.name == "prc" and len(images) <= self.options.neighbours:
+                raise SettingError(
+                    f"precision and recall with {self.options.neighbours} neighbours need at least "
+                    f"{self.options.neighbours + 1} images, but {images.name} has {len(images)}: give more"
+                )
+            if item.name == "is" and len(images) < self.options.splits:
+                raise SettingError(f"{len(images)} images cannot be split in {self.options.splits}: lower --splits")
+            if item.metric is not None and item.metric.compute in (_frechet, _kernel) and len(images) < 2:
+                raise SettingError(f"{item.name} of {len(images)} image means nothing: give at least 2")
+            if item.name == "accuracy":
+                self._check_labels(images, self.extractors[item.extractor])
+
+    def _check_labels(self, images: ImageSet, extractor: Extractor) -> None:
+        if images.labels is None:
+            raise SettingError(
+                f"accuracy needs the class of every image, and {images.name} does not tell: put them in a folder for "
+                "each class, or keep the names that 'vgen sample' gives"
+            )
+        known = len(getattr(extractor, "class_names", []))
+        if known and max(images.labels) >= known:
+            raise SettingError(f"class {max(images.labels)} of {images.name} is beyond {extractor.name}'s {known}")
+
+    def _protocol(self, item: Asked, extractor: Extractor) -> dict[str, Any]:
+        found = {**extractor_facts(extractor)}
+        if item.metric is None or item.metric.reference == "none" or self.reference is None:
+            return found
+        reference: dict[str, Any] = {"name": self.reference.name}
+        if self._has_moments(item) and self.reference.statistics is not None:
+            reference |= {"n": self.reference.statistics.protocol.get("n"), "sha256": self.reference.statistics.sha256}
+        elif self.real is not None:
+            reference |= {"n": len(self.real), "sha256": self.real.content}
+        found["reference"] = reference
+        if item.name == "memorization" and self.learnt is not None:
+            found["train"] = {"name": self.learnt.images.name, "n": len(self.learnt), "sha256": self.learnt.content}
+        return found
+
+    def _image_facts(self, fake: Features) -> dict[str, Any]:
+        images = fake.images
+        facts = {"name": images.name, "n": len(fake), "sha256": fake.content, **images.facts}
+        if images.labels is not None:
+            facts["per_class"] = {str(label): number for label, number in sorted(Counter(images.labels).items())}
+        return facts | {"vgen": __version__}
+
+    def _warnings(self, fake: Features) -> list[str]:
+        images = fake.images
+        found = [*self.warnings, *images.warnings]
+        names = {item.name for item in self.asked}
+        of_inception = names & {"fid", "rfid", "sfid"}
+        if of_inception and len(fake) < FULL_RANK:
+            found.append(
+                f"{len(fake)} images are fewer than {FULL_RANK}: the covariance is singular and FID far too high; "
+                "sample more, or go by KID"
+            )
+        elif of_inception and len(fake) < TRUSTED:
+            hint = "" if "kid" in names else "; read KID too"
+            found.append(f"FID of {len(fake)} images is biased upward: compare it at equal N only{hint}")
+        counts = set(Counter(images.labels or []).values())
+        if len(counts) > 1:
+            found.append(f"unequal classes: from {min(counts)} to {max(counts)} images")
+        doubles = len(fake) - len(fake.records["digest"].unique())
+        if doubles and not isinstance(images, ReconstructedImages):
+            found.append(f"{doubles} of {len(fake)} images are exact copies of others: was a seed used twice?")
+        theirs = self.reference.images.facts["size"] if self.reference and self.reference.images else None
+        if theirs is None and self.reference and self.reference.statistics:
+            theirs = self.reference.statistics.protocol.get("image_size")
+        if theirs and theirs != images.facts["size"]:
+            found.append(f"images of {images.facts['size']} are compared with a reference of {theirs}")
+        if INCEPTION in self.extractors and self.extractors[INCEPTION].name != NAME:
+            found.append("these Inception weights are not those of FID: the figures compare with no others")
+        return found
+
+
+def make_statistics(
+    images: ImageSet, asked: Sequence[Asked], extractors: dict[str, Extractor], path: Path, options: Options
+) -> None:
+    """Write the statistics file of a set of images, for later runs to compare with. Raises SettingError."""
+    names = {item.extractor for item in asked if item.metric and item.metric.reference == "moments"}
+    if len(names) != 1:
+        raise SettingError("a statistics file is of one extractor: ask for --metrics fid, fid,sfid or frechet")
+    (name,) = names
+    layers = tuple(layer for layer in ("features", "spatial") if layer in extractors[name].layers)
+    features = extract(images, {name: (extractors[name], layers)}, FeatureStore(options.cache), options.batch_size)
+    if processes().is_main_process:
+        save_statistics(path, features, extractors[name], layers)

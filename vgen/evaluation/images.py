@@ -1,0 +1,409 @@
+"""Sets of images to evaluate: a folder or tar of files, an .npz of ADM's form, or a split of a data set.
+
+All give (B, 3, H, W) uint8 by range of index, and say what is known of them. Know no network and no metric.
+"""
+
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgen.data import BUILT_IN, SUFFIXES, open_source
+from vgen.media import KEY
+from vgen.progress import progress
+from vgen.types import Request, SettingError
+
+LOSSLESS = {"PNG", "BMP", "TIFF", "GIF"}
+MAX_FILE_BYTES = 1 << 28  # of one image
+OUR_NAME = re.compile(r"\d+_c(\d+|none)_s\d+$")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass
+class Batch:
+    """Images and what was measured while they were made."""
+
+    pixels: Tensor  # (B, 3, H, W) uint8
+    columns: dict[str, Tensor] = field(default_factory=dict)  # (B,) each
+
+
+class ImageSet(Protocol):
+    """N images of one size."""
+
+    name: str
+    labels: list[int] | None  # class of each image where it is known
+    facts: dict[str, Any]  # for the protocol: files, size, sampling settings
+    warnings: list[str]
+    cheap: bool  # reading costs little next to extracting features
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Images start..stop."""
+        ...
+
+    def identity(self, start: int, stop: int) -> str | None:
+        """What decides these images, where it is known without making them; None: their pixels do."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where image `index` is, for messages."""
+        ...
+
+
+def open_images(text: str, *, skip_broken: bool = False, data_root: Path | None = None) -> "ImageSet":
+    """Open "fashion-mnist:test", a folder, an .npz or a .tar. Raises SettingError for anything else, or damaged files.
+
+    With `skip_broken`, files that cannot be read are left out and named in `facts["broken"]`.
+    """
+    name, _, split = text.partition(":")
+    if name in BUILT_IN:
+        if split not in ("train", "test"):
+            raise SettingError(f"{text!r} names no split: write {name}:test or {name}:train")
+        return SplitImages(text, data_root)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        entries = [entry for tar in tars for entry in _tar_entries(tar)] if tars else _folder_entries(path)
+        return FileImages(text, entries, skip_broken)
+    if not path.is_file():
+        sets = ", ".join(f"{known}:test" for known in BUILT_IN)
+        raise SettingError(f"no images at {text!r}: give a folder, an .npz, a .tar, or a data set such as {sets}")
+    if tarfile.is_tarfile(path):
+        return FileImages(text, _tar_entries(path), skip_broken)
+    if zipfile.is_zipfile(path):
+        return ArrayImages(text, path)
+    raise SettingError(f"{text} is neither an .npz nor an uncompressed .tar of images: give one, or a folder of PNG")
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image file, wherever it lies."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    group: str = ""  # name of its class folder
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class _Header:
+    size: tuple[int, int]
+    format: str
+    mode: str
+    request: str | None
+
+
+class FileImages:
+    """Image files. All are checked before any work: a broken one found after hours would be found too late."""
+
+    cheap = True
+
+    def __init__(self, name: str, entries: Sequence[Entry], skip_broken: bool) -> None:
+        if not entries:
+            raise SettingError(f"no images in {name}: expected files like 000000.png")
+        self.name = name
+        with progress(len(entries), f"check {name}", "files") as shown, ThreadPoolExecutor(2) as pool:
+            headers = []
+            for found in pool.map(_inspect, entries):
+                headers.append(found)
+                shown.advance()
+        broken = [(e, h) for e, h in zip(entries, headers, strict=True) if isinstance(h, str)]
+        if broken and (not skip_broken or len(broken) == len(entries)):
+            first, why = broken[0]
+            raise SettingError(
+                f"{len(broken)} of {len(entries)} files in {name} cannot be read, first {first.name} ({why}): mend or "
+                "remove them" + ("" if skip_broken else ", or leave them out with --skip-broken")
+            )
+        whole = [(e, h) for e, h in zip(entries, headers, strict=True) if isinstance(h, _Header)]
+        self.entries = [entry for entry, _ in whole]
+        self.labels = _labels(self.entries)
+        self.facts, self.warnings = _facts(name, self.entries, [header for _, header in whole])
+        if broken:
+            self.facts["broken"] = [entry.name for entry, _ in broken]
+            self.warnings.append(f"{len(broken)} broken files were left out of {name}, first {broken[0][0].name}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, start: int, stop: int) -> Batch:
+        return Batch(torch.stack([self._image(index) for index in range(start, stop)]))
+
+    def _image(self, index: int) -> Tensor:
+        try:
+            with self.entries[index].open() as file, Image.open(file) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        except UNREADABLE as error:
+            raise SettingError(f"cannot read {self.describe(index)} ({error}): mend or remove it") from error
+
+    def identity(self, start: int, stop: int) -> str | None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return self.entries[index].name
+
+
+def _inspect(entry: Entry) -> "_Header | str":
+    """What is in a file, or why it cannot be read."""
+    try:
+        with entry.open() as file:
+            file.seek(0, io.SEEK_END)
+            if file.tell() > MAX_FILE_BYTES:
+                return f"{file.tell()} bytes, over the limit of {MAX_FILE_BYTES}"
+            file.seek(0)
+            with Image.open(file) as image:
+                found = _Header(image.size, image.format or "", image.mode, image.info.get(KEY))
+                if image.format == "PNG":
+                    image.verify()  # the checksums of all chunks, without decoding
+                else:
+                    image.load()
+        if image.mode.startswith(("I", "F")):
+            return f"{image.mode} pixels, but 8-bit ones are wanted"
+        return found
+    except UNREADABLE as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _facts(name: str, entries: Sequence[Entry], headers: Sequence[_Header]) -> tuple[dict[str, Any], list[str]]:
+    sizes = Counter(header.size for header in headers)
+    if len(sizes) > 1:
+        (usual, number), *others = sizes.most_common()
+        odd, fewer = others[-1]
+        example = next(e.name for e, h in zip(entries, headers, strict=True) if h.size == odd)
+        raise SettingError(
+            f"{name} mixes sizes: {number} images of {_size(usual)} and {fewer} of {_size(odd)}, such as {example}; "
+            "evaluate images of one size"
+        )
+    formats = sorted({header.format for header in headers})
+    facts = {"files": "+".join(formats).lower(), "size": _size(headers[0].size)}
+    warnings = []
+    if all(header.mode in ("1", "L") for header in headers):
+        facts["grey"] = "as RGB"
+    if any(header.mode in ("RGBA", "LA", "PA") for header in headers):
+        warnings.append(f"{name} has images with transparency, which is dropped")
+    if lossy := sum(header.format not in LOSSLESS for header in headers):
+        warnings.append(f"{lossy} files of {name} may be compressed with loss, which changes FID: save PNG")
+    runs = {_sampling(header.request) for header in headers if header.request}
+    if len(runs) == 1 and all(header.request for header in headers):
+        facts["sampling"] = json.loads(runs.pop())
+    elif runs:
+        warnings.append(f"{name} mixes images of {len(runs)} different requests, or with images of unknown origin")
+    return facts, warnings
+
+
+def _sampling(text: str) -> str:
+    """What a request says of how images were sampled, less what differs from image to image."""
+    try:
+        return json.dumps(sampling_facts(Request.from_json(text)), sort_keys=True)
+    except SettingError:
+        return json.dumps({"request": "unreadable"})
+
+
+def sampling_facts(request: Request) -> dict[str, Any]:
+    """The part of a request that belongs into a protocol."""
+    found = {"model": request.model, "checkpoint": request.checkpoint[:16], "sampler": request.sampler}
+    return found | request.settings | {"dtype": request.dtype, "device": request.device, "vgen": request.vgen}
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _folder_entries(folder: Path) -> list[Entry]:
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [path for path in paths if path != folder / "sheet.png"]  # of `vgen sample --sheet`
+    entries = []
+    for path in sorted(paths):
+        inside = path.relative_to(folder)
+        group = inside.parts[0] if len(inside.parts) > 1 else ""
+        entries.append(Entry(str(inside), partial(path.open, "rb"), group, _named_label(path.stem)))
+    return entries
+
+
+def _tar_entries(path: Path) -> list[Entry]:
+    """Images of a WebDataset: files of one stem are one sample, its class in .cls or in "label" or "cls" of .json."""
+    entries, labels = [], {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                stem, _, suffix = member.name.rpartition(".")
+                if not member.isfile():
+                    continue
+                if f".{suffix.lower()}" in SUFFIXES:
+                    entries.append((member.name, stem, member.offset_data, member.size))
+                elif suffix in ("cls", "json") and member.size < 1 << 20:
+                    labels[stem] = _tar_label(archive.extractfile(member), suffix)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SettingError(f"{path} is a damaged or compressed tar ({error}): get it again, or unpack it") from error
+    return [
+        Entry(name, partial(_tar_member, path, offset, size), "", labels.get(stem, _named_label(Path(stem).name)))
+        for name, stem, offset, size in entries
+    ]
+
+
+def _tar_member(path: Path, offset: int, size: int) -> BinaryIO:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(min(size, MAX_FILE_BYTES + 1)))
+
+
+def _tar_label(file: Any, suffix: str) -> int | None:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(file.read())
+        return int(content) if suffix == "cls" else int(content.get("label", content["cls"]))
+    return None
+
+
+def _named_label(stem: str) -> int | None:
+    """The class in a file name of ours: 000123_c0007_s123."""
+    found = OUR_NAME.search(stem)
+    return int(found[1]) if found and found[1] != "none" else None
+
+
+def _labels(entries: Sequence[Entry]) -> list[int] | None:
+    """Classes by what the files say, else by their folders; None where some are unknown."""
+    known = [entry.label for entry in entries if entry.label is not None]
+    if len(known) == len(entries):
+        return known
+    groups = sorted({entry.group for entry in entries})
+    if len(groups) < 2 or "" in groups:
+        return None
+    ids = {group: int(group) if all(g.isdecimal() for g in groups) else i for i, group in enumerate(groups)}
+    return [ids[entry.group] for entry in entries]
+
+
+# ---- arrays
+
+
+class ArrayImages:
+    """`arr_0` of an .npz, (N, H, W, 3) or (N, H, W) uint8, read from the archive piece by piece; classes in `arr_1`."""
+
+    cheap = True
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        self.warnings: list[str] = []
+        self.array = ArrayMember(path, "arr_0")  # stays open: a compressed member can only be read in order
+        shape, dtype = self.array.shape, self.array.dtype
+        if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))):
+            raise SettingError(f"arr_0 of {name} is {dtype} {shape}: expected uint8 (N, H, W, 3)")
+        if not shape[0]:
+            raise SettingError(f"arr_0 of {name} holds no images")
+        self.shape = shape
+        self.facts: dict[str, Any] = {"files": "npz", "size": _size((shape[2], shape[1]))}
+        if len(shape) == 3 or shape[-1] == 1:
+            self.facts["grey"] = "as RGB"
+        self.labels = self._labels()
+
+    def _labels(self) -> list[int] | None:
+        with suppress(SettingError):
+            array = ArrayMember(self.path, "arr_1")
+            if array.shape == self.shape[:1] and array.dtype.kind in "iu":
+                return array.read(0, self.shape[0]).tolist()
+        return None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> Batch:
+        pixels = torch.from_numpy(self.array.read(start, stop))
+        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        return Batch(pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
+
+    def identity(self, start: int, stop: int) -> str | None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+
+class ArrayMember:
+    """One array of an .npz, read by rows without loading the rest. Raises SettingError where it is not there."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [member.removesuffix(".npy") for member in archive.namelist()]
+                if name not in names:
+                    raise SettingError(f"{path} has no array {name}: it holds {', '.join(names[:8]) or 'nothing'}")
+                self.file = archive.open(f"{name}.npy")  # keeps the archive's file open
+            version = np.lib.format.read_magic(self.file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran, self.dtype = read(self.file)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise SettingError(f"{path} is damaged or no .npz ({error}): get it again") from error
+        except ValueError as error:
+            if isinstance(error, SettingError):
+                raise
+            raise SettingError(f"{name} of {path} is no plain array ({error})") from error
+        if fortran or self.dtype.hasobject:
+            raise SettingError(f"{name} of {path} is not a C-ordered array of numbers")
+        self.begin = self.file.tell()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop."""
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        try:
+            self.file.seek(self.begin + start * row)
+            content = self.file.read((stop - start) * row)
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+            raise SettingError(f"{self.path} is damaged or truncated ({error}): get it again") from error
+        if len(content) != (stop - start) * row:
+            raise SettingError(f"{self.path} is truncated: {self.name} ends before row {stop} of {self.shape[0]}")
+        return np.frombuffer(bytearray(content), self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def read_scalar(self) -> Any:
+        """The one value of an array without axes."""
+        return np.frombuffer(self.file.read(self.dtype.itemsize), self.dtype)[0]
+
+
+# ---- data sets
+
+
+class SplitImages:
+    """A split of a data set that torchvision knows."""
+
+    cheap = True
+
+    def __init__(self, name: str, data_root: Path | None) -> None:
+        known, _, split = name.partition(":")
+        self.name, self.warnings = name, []
+        self.source = open_source(known, split, 28, 1, data_root)
+        self.labels: list[int] | None = self.source.labels.tolist()
+        self.facts: dict[str, Any] = {"files": "data set", "size": "28x28", "grey": "as RGB"}
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def read(self, start: int, stop: int) -> Batch:
+        return Batch(self.source.images(range(start, stop)).expand(-1, 3, -1, -1))
+
+    def identity(self, start: int, stop: int) -> str | None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+
+def chunks(number: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover 0..number."""
+    return ((start, min(start + size, number)) for start in range(0, number, size))

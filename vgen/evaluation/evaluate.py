@@ -320,7 +320,7 @@ class Evaluator:
         report = Report(images=self._image_facts(fake), warnings=self._warnings(fake))
         for item in self.asked:
             if item.metric is None:
-                report.add(item.name, float(fake.records[item.name].mean()), {"resolution": images.facts["size"]})
+                report.add(item.name, float(fake.records[item.name].mean()), {"pixels": "8 bit, mean over images"})
                 continue
             extractor = self.extractors[item.extractor]
             judged = Judged(

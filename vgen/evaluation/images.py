@@ -211,7 +211,7 @@ def _facts(name: str, entries: Sequence[Entry], headers: Sequence[_Header]) -> t
 def _sampling(text: str) -> str:
     """What a request says of how images were sampled, less what differs from image to image."""
     try:
-        return json.dumps(sampling_facts(Request.from_json(text)), sort_keys=True)
+        return json.dumps(sampling_facts(Request.from_json(text)))
     except SettingError:
         return json.dumps({"request": "unreadable"})
 
@@ -219,7 +219,8 @@ def _sampling(text: str) -> str:
 def sampling_facts(request: Request) -> dict[str, Any]:
     """The part of a request that belongs into a protocol."""
     found = {"model": request.model, "checkpoint": request.checkpoint[:16], "sampler": request.sampler}
-    return found | request.settings | {"dtype": request.dtype, "device": request.device, "vgen": request.vgen}
+    place = {"dtype": request.dtype, "device": request.device, "vgen": request.vgen}
+    return found | dict(sorted(request.settings.items())) | place
 
 
 def _size(size: tuple[int, int]) -> str:

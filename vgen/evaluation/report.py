@@ -26,29 +26,36 @@ class Report:
         self.protocols[name] = protocol
 
     def lines(self) -> Iterator[str]:
-        """One line a figure: name, value and protocol, tabs between them."""
+        """One line a figure for programs: name, value and protocol, tabs between them."""
         for name, value in self.metrics.items():
             yield f"{name}\t{value:.6g}\t{self.protocol_line(name)}"
 
+    def table(self) -> Iterator[str]:
+        """The same for people: the figures in a column, then each protocol once, with the figures it belongs to."""
+        width = max(map(len, self.metrics), default=0)
+        for name, value in self.metrics.items():
+            yield f"{name.ljust(width)}  {value:.6g}"
+        sharing: dict[str, list[str]] = {}
+        for name in self.metrics:
+            sharing.setdefault(self.protocol_line(name), []).append(name)
+        for line, names in sharing.items():
+            yield f"\n{', '.join(names)}:\n  " + line.replace("  ", "\n  ")
+
     def protocol_line(self, name: str) -> str:
-        """Everything that decides a figure, in words."""
+        """Everything that decides a figure, in words; two spaces between its parts."""
         images, protocol = self.images, dict(self.protocols[name])
-        words = [f"N={images['n']}{_per_class(images.get('per_class'))}", f"images={images['name']}"]
-        words.append(f"sha256:{images['sha256'][:12]}")
+        parts = [f"N={images['n']}{_per_class(images.get('per_class'))}"]
+        parts.append(_source("images", images["name"], None, images["sha256"]))
         for role in ("reference", "train"):
             if (found := protocol.pop(role, None)) is not None:
-                number = found.get("n")
-                words.append(f"{role}={found['name']} N={'unknown' if number is None else number}")
-                words.append(f"sha256:{found['sha256'][:12]}")
+                parts.append(_source(role, found["name"], found.get("n") or "unknown", found["sha256"]))
         if "extractor" in protocol:
-            words.append(f"extractor={protocol.pop('extractor')} sha256:{protocol.pop('extractor_sha256')[:12]}")
-        words += [f"{key}={value}" for key, value in protocol.items()]
-        words += [f"{key}={images[key]}" for key in ("files", "size", "grey", "seeds") if key in images]
-        sampling = images.get("sampling", {})
-        words += [f"{key}={value}" for key, value in sampling.items() if key not in ("vgen", "dtype", "device")]
-        if "dtype" in sampling:
-            words.append(f"sampled_in={sampling['dtype']} on {sampling.get('device')}")
-        return "  ".join([*words, f"vgen={images['vgen']}"])
+            parts.append(_source("extractor", protocol.pop("extractor"), None, protocol.pop("extractor_sha256")))
+        parts += [f"{key}={value}" for key, value in protocol.items()]
+        parts += [f"{key}={images[key]}" for key in ("files", "size", "grey", "seeds") if key in images]
+        if sampling := images.get("sampling"):
+            parts.append("sampled with " + " ".join(f"{key}={value}" for key, value in sampling.items()))
+        return "  ".join([*parts, f"vgen={images['vgen']}"])
 
     def to_json(self) -> str:
         """Everything; figures without a value are null."""
@@ -66,6 +73,11 @@ class Report:
     def save(self, path: Path) -> None:
         with atomic_file(path) as partial:
             partial.write_text(self.to_json())
+
+
+def _source(role: str, name: str, number: Any, digest: str) -> str:
+    count = "" if number is None else f" N={number}"
+    return f"{role}={name}{count} sha256:{digest[:12]}"
 
 
 def _per_class(counts: dict[str, int] | None) -> str:

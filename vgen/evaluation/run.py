@@ -191,6 +191,9 @@ def _show(report: Report | None, point: str = "") -> None:
         return
     for warning in report.warnings:
         print(f"vgen: {warning}", file=sys.stderr)
+    if sys.stdout.isatty():
+        print(*([f"\n{point}"] if point else []), *report.table(), sep="\n", flush=True)
+        return
     for line in report.lines():
         print(f"{point}\t{line}" if point else line, flush=True)
 

@@ -168,7 +168,10 @@ def test_a_sheet_of_many_pictures_needs_few_open_files(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").is_file()
 
 
-def test_progress_goes_to_stderr_as_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_as_plain_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vgen.progress.SPACING", 0)
     sample_to_files(Camera(), plan([0], 10, 0), tmp_path, settings={}, batch_size=5)
     shown = capsys.readouterr()
     assert shown.out == "" and "\r" not in shown.err

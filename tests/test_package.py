@@ -25,7 +25,8 @@ FLOORS = [
     {"vgen.evaluation"},
     {"vgen.training"},  # which logs the evaluator's quick figures
     {"vgen.app"},
-    {"vgen.cli", "scripts"},
+    {"vgen.cli"},
+    {"scripts"},
 ]
 LEVEL = {unit: level for level, floor in enumerate(FLOORS) for unit in floor}
 FOLDERS = {"vgen": "vgen", "tokenizers": "vgen.tokenizers", "samplers": "vgen.samplers", "app": "vgen.app"}

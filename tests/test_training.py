@@ -23,9 +23,12 @@ from tiny import GENERATOR, TOKENIZER, WEIGHTS, generator_config, python, tokeni
 from torch import Tensor, nn
 
 import vgen
-from vgen.data import FASHION, open_source, to_model_range
+from vgen.data import FASHION, open_source, to_model_range, to_uint8
+from vgen.evaluation.classifier import ImageClassifier
+from vgen.evaluation.extractors import ExtractorOptions, build_extractor
+from vgen.evaluation.metrics import frechet_distance
 from vgen.tokenizers.multiscale import MultiScaleVQ
-from vgen.training.config import TrainingConfig
+from vgen.training.config import TrainingConfig, load_config
 from vgen.training.optimizers import build_optimizers
 from vgen.training.run import build_task, start
 from vgen.training.trainer import Diverged, Interrupted, StepBatches, Trainer
@@ -396,12 +399,9 @@ def token_files(data: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (data / "tokens").iterdir()}
 
 
-def test_tokens_are_computed_once(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_are_computed_once(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_mnist(tmp_path / "data")
     task: Any = build_task(generator_config(data, tokenizer))
-    assert "tokens of fashion-mnist (train): 64/64 images" in capsys.readouterr().err
     files = token_files(data)
     assert len(files) == 2  # train and test
     source = open_source("fashion-mnist", "train", 8, 1, data)
@@ -526,7 +526,10 @@ def test_a_trained_tokenizer_is_one_to_load(data: Path, tmp_path: Path) -> None:
     assert "`vgen train tokenizer`" in card and "| test_psnr |" in card and "fashion-mnist" in card
 
 
-def test_a_run_can_be_looked_at(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_can_be_looked_at(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vgen.progress.SPACING", 0)
     config = make(sample_every=2, log_every=2)
     start(config, tmp_path / "run")
     sheets = sorted((tmp_path / "run" / "samples").iterdir())
@@ -697,7 +700,7 @@ RANK_PROGRAM = """
 import sys
 from pathlib import Path
 import torch, yaml
-from vgen.training.config import TrainingConfig
+from vgen.training.config import TrainingConfig, load_config
 from vgen.training.run import build_task
 from vgen.training.trainer import Trainer
 
@@ -737,3 +740,47 @@ def test_two_processes_train_one_model(data: Path, tokenizer: Path, tmp_path: Pa
     assert checkpoints(out) == ["step-00000002", "step-00000004"]
     assert len([line for line in metrics(out) if "loss" in line]) == 4  # written by one process only
     assert (out / "model" / "README.md").is_file()
+
+
+# ---- a classifier that judges samples
+
+
+def test_a_classifier_judges_the_samples_of_a_run(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    """Its figures are those of the same samples, judged apart."""
+    folder = tmp_path / "judge"
+    names = open_source("fashion-mnist", "test", 8, 1, data).class_names
+    torch.manual_seed(0)
+    ImageClassifier(class_names=names, image_size=8, widths=(8, 16), norm_groups=4).save_pretrained(folder)
+    task: Any = build_task(generator_config(data, tokenizer, classifier=str(folder), score_samples=30))
+    figures = task.evaluate()
+    assert {"test_loss", "class_accuracy", "classifier_frechet"} <= figures.keys()
+    labels = [seed % len(names) for seed in range(30)]
+    images = task.pipeline()(
+        class_labels=labels, seeds=list(range(30)), guidance_scale=task.config.sample_guidance, output_type="pt"
+    ).images
+    found = build_extractor(str(folder), ExtractorOptions())(to_uint8(images), ("features", "logits"))
+    assert figures["class_accuracy"] == float((found["logits"].argmax(1) == torch.tensor(labels)).double().mean())
+    real = open_source("fashion-mnist", "test", 8, 1, data).images(range(16)).expand(-1, 3, -1, -1)
+    true = build_extractor(str(folder), ExtractorOptions())(real, ("features",))["features"].double()
+    fake = found["features"].double()
+    expected = frechet_distance(fake.mean(0), torch.cov(fake.T), true.mean(0), torch.cov(true.T))
+    assert figures["classifier_frechet"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_classifier_of_other_classes_is_refused_before_training(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    ImageClassifier(class_names=["cat", "dog"], image_size=8, widths=(8, 16), norm_groups=4).save_pretrained(
+        tmp_path / "pets"
+    )
+    with pytest.raises(SettingError, match=r"knows cat, dog, .*but the data has t-shirt"):
+        build_task(generator_config(data, tokenizer, classifier=str(tmp_path / "pets")))
+
+
+def test_a_classifier_of_another_size_is_refused_before_training(tokenizer: Path, data: Path) -> None:
+    with pytest.raises(SettingError, match="trained on 28x28"):
+        build_task(generator_config(data, tokenizer, classifier="fashion-classifier"))
+
+
+def test_a_presets_classifier_is_for_its_own_data() -> None:
+    assert load_config("fashion-var").classifier == "fashion-classifier"
+    assert load_config("fashion-var", ["data=photos"]).classifier is None
+    assert load_config("fashion-var", ["data=photos", "classifier=runs/photos"]).classifier == "runs/photos"

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+SPACING = 1.0  # seconds between two lines in a log, at least
+
 
 class Progress:
     """Counts `total` units of work and shows them."""
@@ -31,7 +33,7 @@ class Progress:
             self.bar.update(count)
         elif not self.quiet and (before // self.every != self.done // self.every or self.done >= self.total):
             now = time.monotonic()
-            if now - self.said >= 1:  # what takes no time needs no lines
+            if now - self.said >= SPACING:  # what takes no time needs no lines
                 self.said = now
                 print(self.line(), file=sys.stderr, flush=True)
 

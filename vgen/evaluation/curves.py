@@ -100,8 +100,10 @@ def plot(rows: Sequence[dict[str, Any]], axes: Sequence[str], images: dict[str, 
             panel.set_ylabel(name.replace("_", " "), fontsize=9)
             panel.tick_params(labelsize=8)
             panel.grid(alpha=0.3)
-            if column == COSTS[1]:
-                panel.set_xlim(left=0)
+            if column in COSTS:
+                panel.set_xlim(0, 1.15 * max(row[column] for row in rows))
+                for row in rows if columns[0] in axes else ():
+                    panel.annotate(f" {row[columns[0]]:g}", (row[column], row[name]), fontsize=7)
             if len(panel.lines) > 1 and j == 0:
                 panel.legend(fontsize=7)
     figure.suptitle(f"{images['name']}, {images['n']} images a point", fontsize=11)

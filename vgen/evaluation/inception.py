@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vgen.files import read_tensors, sha256
+from vgen.layers import linear
 from vgen.types import CheckpointError, SettingError
 
 NAME = "inception-2015-12-05"
@@ -95,7 +96,7 @@ class Inception(nn.Module):
         self.digest = _digest(tensors.items()) if classifies else trunk
         self.layers = ("features", "spatial", "logits")[: 3 if classifies else 2]
         self.resize, self.dtype = resize, dtype
-        self.net = _fuse(_network(tensors)).to(device, dtype, memory_format=torch.channels_last)
+        self.net = _pool_later(_fuse(_network(tensors))).to(device, dtype, memory_format=torch.channels_last)
         self.preferred_batch = 16 if torch.device(device).type == "cpu" else 64
 
     @property
@@ -126,7 +127,8 @@ class Inception(nn.Module):
 def resize_legacy(images: Tensor, size: int) -> Tensor:
     """TensorFlow 1's bilinear resize, (B, C, H, W) -> (B, C, size, size): no half-pixel centres, no smoothing."""
     rows, columns = (_bilinear(side, size).to(images) for side in images.shape[-2:])
-    return rows @ (images @ columns.T)
+    wide = linear(images.contiguous(), columns, None)  # (B, C, H, size)
+    return linear(wide.transpose(-1, -2).contiguous(), rows, None).transpose(-1, -2)
 
 
 def _bilinear(before: int, after: int) -> Tensor:
@@ -188,6 +190,35 @@ def _fuse(module: nn.Module) -> nn.Module:
         else:
             _fuse(child)
     return module
+
+
+CHAINS = {  # the branches of the blocks that average-pool, besides the pooled one
+    "InceptionA": (["branch1x1"], ["branch5x5_1", "branch5x5_2"], [f"branch3x3dbl_{i}" for i in (1, 2, 3)]),
+    "InceptionC": (["branch1x1"], [f"branch7x7_{i}" for i in (1, 2, 3)], [f"branch7x7dbl_{i}" for i in range(1, 6)]),
+}
+
+
+class _PoolLater(nn.Module):
+    """A fused block whose pooled branch convolves first: 1x1 convolutions and means commute, and channels get fewer."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(
+            nn.Sequential(*(getattr(block, name) for name in chain)) for chain in CHAINS[type(block).__name__]
+        )
+        self.branch1x1 = block.branch1x1  # which sFID reads
+        self.pooled = block.branch_pool[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.avg_pool2d(self.pooled(x), 3, stride=1, padding=1, count_include_pad=False)
+        return torch.cat([*(chain(x) for chain in self.chains), F.relu_(pooled)], 1)
+
+
+def _pool_later(net: nn.Module) -> nn.Module:
+    for name, child in net.named_children():
+        if type(child).__name__ in CHAINS:
+            setattr(net, name, _PoolLater(child))
+    return net
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -47,6 +47,8 @@ class TrainingConfig:
     workers: int = 0
 
     label_dropout: float = 0.1  # generators
+    classifier: str | None = None  # generators: judges samples at every evaluation; a bundled one, or a folder
+    score_samples: int = 500  # generators: how many; compare runs at equal numbers only
     commitment: float = 0.25  # tokenizers
     l1: float = 0.2  # tokenizers: weight of the absolute error beside the squared one
     restart_every: int = 50  # tokenizers: steps between restarts of dead codes
@@ -81,6 +83,8 @@ class TrainingConfig:
             raise SettingError(f"betas is {self.betas}: give two numbers from 0 to below 1")
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
+        if self.score_samples < 2:
+            raise SettingError(f"score_samples is {self.score_samples}: it must be at least 2")
         if self.kind == "classifier" and self.image_size < 8:
             raise SettingError(
                 f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
@@ -110,9 +114,10 @@ def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = N
     data = values.get("data")
     for override in overrides:
         _apply(values, override)
-    if values.get("data") != data:  # what the preset's card says is about its own data
+    if values.get("data") != data:  # what the preset's card says, and its classifier, are about its own data
         said = {override.partition("=")[0] for override in overrides}
-        values |= {key: blank for key, blank in (("notes", ""), ("license", "unknown")) if key not in said}
+        blanks = {"notes": "", "license": "unknown", "classifier": None}
+        values |= {key: blank for key, blank in blanks.items() if key not in said}
     config = _build(values, str(path))
     if kind and config.kind != kind:
         raise SettingError(f"{preset} trains a {config.kind}: use 'vgen train {config.kind} --preset {preset}'")

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
+from vgen.evaluation.quick import QuickJudge
 from vgen.files import atomic_file, sha256, weight_files
 from vgen.generators.var import VAR
 from vgen.media import contact_sheet, sheet_zoom
@@ -51,6 +52,7 @@ class GeneratorTask:
         self.labels, self.tokens = self._tokens(train, "train", 2 if config.flip else 1, config.crops)
         self.test_labels, self.test_tokens = self._tokens(test, "test", 1, 1)
         self.num_examples = len(self.tokens)
+        self.judge = QuickJudge(config.classifier, test) if config.classifier else None
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(self.tokens[indices].astype(np.int64))
@@ -75,7 +77,10 @@ class GeneratorTask:
         pass
 
     def evaluate(self) -> dict[str, float]:
-        """Cross-entropy per token on test images, labels given; the last scale's apart, as VAR's "tail"."""
+        """Cross-entropy per token on test images, labels given; the last scale's apart, as VAR's "tail".
+
+        With a classifier, also how many of its samples show their class and how far their features are from the real.
+        """
         losses, indices = [], spread(len(self.test_tokens), HELD_OUT)
         for start in range(0, len(indices), 250):
             rows = indices[start : start + 250]
@@ -83,7 +88,11 @@ class GeneratorTask:
             logits = self.model(self._context(tokens), self.test_labels[rows].to(self.model.device))
             losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape))
         loss = torch.cat(losses)
-        return {"test_loss": float(loss.mean()), "test_loss_tail": float(loss[:, -self.lengths[-1] :].mean())}
+        figures = {"test_loss": float(loss.mean()), "test_loss_tail": float(loss[:, -self.lengths[-1] :].mean())}
+        if self.judge is None:
+            return figures
+        settings = {"guidance_scale": self.config.sample_guidance}
+        return figures | self.judge(self.pipeline(), self.config.score_samples, **settings)
 
     def pipeline(self) -> NextScalePipeline:
         return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))

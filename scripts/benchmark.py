@@ -175,7 +175,7 @@ def compare_evaluate(
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(images):
             smooth = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((side, side))

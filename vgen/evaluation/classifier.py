@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vgen.types import SettingError
 
 
-class ImageClassifier(ModelMixin, ConfigMixin):
+class ImageClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Two 3x3 convolutions with group norm at each width, half the resolution between widths, then the mean.
 
     Args:
@@ -35,7 +35,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         inputs = [image_channels, *widths[:-1]]
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_Layer(a, b, norm_groups), _Layer(b, b, norm_groups)])
+            nn.Sequential(_Layer(a, b, norm_groups), _Layer(b, b, norm_groups))
             for a, b in zip(inputs, widths, strict=True)
         )
         self.head = nn.Linear(widths[-1], len(class_names))
@@ -51,8 +51,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         for i, block in enumerate(self.blocks):
             x = F.max_pool2d(x, 2) if i else x
-            for layer in block:
-                x = layer(x)
+            x = block(x)
         return x.mean((2, 3)).float()
 
     def classify(self, features: Tensor) -> Tensor:

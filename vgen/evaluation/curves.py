@@ -33,8 +33,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise SettingError(f"--grid names {name} twice: give all its values at once")
         grid[name] = found
     number = 1
-    for values in grid.values():
-        number *= len(values)
+    for choices in grid.values():
+        number *= len(choices)
     if number > MAX_POINTS:
         raise SettingError(f"the grid has {number} points, over the limit of {MAX_POINTS}: take fewer values")
     return grid

@@ -362,7 +362,7 @@ class Evaluator:
             raise SettingError(f"class {max(images.labels)} of {images.name} is beyond {extractor.name}'s {known}")
 
     def _protocol(self, item: Asked, extractor: Extractor) -> dict[str, Any]:
-        found = {**extractor_facts(extractor)}
+        found: dict[str, Any] = {**extractor_facts(extractor)}
         if item.metric is None or item.metric.reference == "none" or self.reference is None:
             return found
         reference: dict[str, Any] = {"name": self.reference.name}

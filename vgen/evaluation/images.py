@@ -235,8 +235,12 @@ def _folder_entries(folder: Path) -> list[Entry]:
     for path in sorted(paths):
         inside = path.relative_to(folder)
         group = inside.parts[0] if len(inside.parts) > 1 else ""
-        entries.append(Entry(str(inside), partial(path.open, "rb"), group, _named_label(path.stem)))
+        entries.append(Entry(str(inside), partial(_open_file, path), group, _named_label(path.stem)))
     return entries
+
+
+def _open_file(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def _tar_entries(path: Path) -> list[Entry]:
@@ -387,7 +391,8 @@ class SplitImages:
 
     def __init__(self, name: str, data_root: Path | None) -> None:
         known, _, split = name.partition(":")
-        self.name, self.warnings = name, []
+        self.name = name
+        self.warnings: list[str] = []
         self.source = open_source(known, split, 28, 1, data_root)
         self.labels: list[int] | None = self.source.labels.tolist()
         self.facts: dict[str, Any] = {"files": "data set", "size": "28x28", "grey": "as RGB"}

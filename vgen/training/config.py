@@ -23,7 +23,7 @@ class TrainingConfig:
     name: str
     data: str  # "fashion-mnist", "mnist" or a folder of class folders
     data_root: str | None = None
-    family: str  # "multiscale" for tokenizers; "var" for generators; "convnet" for classifiers
+    family: str  # "multiscale" or "vqgan" for tokenizers; "var" for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
     tokenizer: str | None = None  # folder of the trained tokenizer, for generators
     image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from vgen.data import open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.tokenizers.vqgan import VQGAN
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
 from vgen.types import SettingError
 
-FAMILIES = {"multiscale": MultiScaleVQ}
+FAMILIES = {"multiscale": MultiScaleVQ, "vqgan": VQGAN}
 HELD_OUT = 2000  # test images that evaluation uses
 DEAD_BELOW = 0.03  # a code chosen less often than this share of its fair part is dead
 
@@ -28,7 +29,7 @@ class TokenizerTask:
         self.model = build_model(FAMILIES, config)
         size, channels = self.model.image_size, self.model.config["image_channels"]
         if config.image_size not in (0, size):
-            raise SettingError(f"image_size is {config.image_size}, but the model's scales give {size}")
+            raise SettingError(f"image_size is {config.image_size}, but the model's token grid gives {size}")
         self.source = open_source(config.data, "train", size, channels, config.data_root)
         self.held_out = open_source(config.data, "test", size, channels, config.data_root)
         self.num_examples = len(self.source.labels)

@@ -38,7 +38,7 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     Raises SettingError for an unknown name, CheckpointError for damaged files.
     """
     folder = find(str(name))
-    chosen, kind = _place(device, dtype)
+    chosen, kind = place(device, dtype)
     pipeline_class, components, config = _read_index(folder)
     parts = {role: load_component(cls, folder / role, kind) for role, cls in components.items()}
     try:
@@ -54,7 +54,7 @@ def load_tokenizer(name: str | Path, *, device: Any = None, dtype: Any = None) -
     """A tokenizer and its folder: of a pipeline that `load` takes, or trained by itself. Raises like `load`."""
     own = Path(name).expanduser()
     folder = own if (own / "config.json").is_file() else find(str(name)) / "tokenizer"
-    chosen, kind = _place(device, dtype)
+    chosen, kind = place(device, dtype)
     try:
         class_name = json.loads((folder / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -62,12 +62,12 @@ def load_tokenizer(name: str | Path, *, device: Any = None, dtype: Any = None) -
             f"{name} holds no tokenizer: name a pipeline that has one, or a trained tokenizer"
         ) from error
     known = {cls.__name__: cls for cls in COMPONENTS if hasattr(cls, "encode") and hasattr(cls, "decode")}
-    if class_name not in known:
+    if not isinstance(class_name, str) or class_name not in known:
         raise SettingError(f"{name} is a {class_name}, no tokenizer: use one of {', '.join(known)}")
     return load_component(known[class_name], folder, kind).to(chosen), folder
 
 
-def _place(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+def place(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
     """Where and in which precision to load: by default on the GPU in bfloat16, else on the CPU in float32."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -33,7 +33,8 @@ class Progress:
             self.bar.update(count)
         elif not self.quiet and (before // self.every != self.done // self.every or self.done >= self.total):
             now = time.monotonic()
-            if now - self.said >= SPACING:  # what takes no time needs no lines
+            last = self.done >= self.total and self.said > self.began
+            if last or now - self.said >= SPACING:  # what takes no time needs no lines
                 self.said = now
                 print(self.line(), file=sys.stderr, flush=True)
 

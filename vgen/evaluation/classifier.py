@@ -48,7 +48,8 @@ class ImageClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise SettingError(f"images of {width}x{height}: the classifier was trained on {size}x{size}")
         if channels == 1 and images.shape[1] == 3:
             images = images.mean(1, keepdim=True)
-        x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        weight = self.head.weight
+        x = images.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last)
         for i, block in enumerate(self.blocks):
             x = F.max_pool2d(x, 2) if i else x
             x = block(x)

@@ -3,11 +3,11 @@
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vgen.batch import Item
 from vgen.evaluation.evaluate import Evaluator
@@ -26,7 +26,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
-        found = [yaml.safe_load(value) for value in values.split(",") if value.strip()]
+        found = [_value(value.strip(), text) for value in values.split(",") if value.strip()]
         if not equals or not found:
             raise SettingError(f"--grid {text!r} has no values: write a setting and its values, as guidance_scale=1,2")
         if name in grid:
@@ -40,32 +40,49 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def evaluate_grid(
+def _value(text: str, whole: str) -> Any:
+    """A number, true or false, or a name."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    if text in ("true", "false"):
+        return text == "true"
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", text):
+        raise SettingError(f"--grid {whole!r}: {text!r} is neither a number nor a name")
+    return text
+
+
+def grid_points(
     pipeline: Any,
     items: Sequence[Item],
     settings: dict[str, Any],
     sampler: str | None,
     grid: dict[str, list[Any]],
-    evaluator: Evaluator,
-    out: Path,
-) -> Iterator[tuple[dict[str, Any], Report | None]]:
-    """Evaluate every point of the grid, and after each one write curve.csv, curve.json and curve.png in `out`.
-
-    Settings are checked at all points before the first is sampled. The other processes of torchrun yield None.
-    """
+) -> list[tuple[dict[str, Any], SampledImages]]:
+    """Every combination of the grid's settings, with what it samples. Raises SettingError for one out of bounds."""
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     sets = []
     for point in points:
         chosen = settings | {name: value for name, value in point.items() if name != "sampler"}
         sets.append(SampledImages(pipeline, items, chosen, point.get("sampler", sampler)))
+    return list(zip(points, sets, strict=True))
+
+
+def evaluate_grid(
+    points: Sequence[tuple[dict[str, Any], SampledImages]], evaluator: Evaluator, out: Path
+) -> Iterator[tuple[dict[str, Any], Report | None]]:
+    """Evaluate every point of a grid, and after each one write curve.csv, curve.json and curve.png in `out`.
+
+    The other processes of torchrun yield None.
+    """
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
-    for point, images in zip(points, sets, strict=True):
+    for point, images in points:
         report = evaluator.run(images)
         if report is not None:
             rows.append(point | report.metrics)
             reports.append({"point": point, **json.loads(report.to_json())})
-            _write(out, list(grid), rows, reports)
+            _write(out, list(point), rows, reports)
         yield point, report
 
 
@@ -85,9 +102,8 @@ def plot(rows: Sequence[dict[str, Any]], axes: Sequence[str], images: dict[str, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figures = [
-        name for name in rows[0] if name not in axes and name not in COSTS and not name.endswith(("_std", "_se"))
-    ]
+    aside = {*axes, *COSTS}
+    figures = [n for n in rows[0] if n not in aside and not n.partition("@")[0].endswith(("_std", "_se"))]
     columns = _columns(rows, axes)
     figure = Figure(figsize=(4.2 * len(columns), 2.9 * len(figures) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)

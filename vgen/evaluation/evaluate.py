@@ -1,5 +1,7 @@
 """Judging a set of images: which figures, against what, by which network, under which protocol."""
 
+import hashlib
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from vgen import __version__
 from vgen.evaluation import metrics as math
 from vgen.evaluation.extractors import CLASSIFIER, INCEPTION, Extractor, ExtractorOptions, build_extractor
 from vgen.evaluation.features import Features, FeatureStore, Wanted, extract, processes
-from vgen.evaluation.images import ImageSet, open_images
+from vgen.evaluation.images import ArrayImages, ArrayMissing, ImageSet, open_images
 from vgen.evaluation.inception import NAME, OFFICIAL_FILE, cache_root
 from vgen.evaluation.report import Report
 from vgen.evaluation.sampled import ReconstructedImages
@@ -63,14 +65,12 @@ class Reference:
 def open_reference(text: str, *, skip_broken: bool = False, data_root: Path | None = None) -> Reference:
     """Open anything `open_images` takes, or an .npz with `mu` and `sigma`."""
     path = Path(text).expanduser()
-    if path.suffix == ".npz" and path.is_file() and (statistics := read_statistics(path)) is not None:
-        from vgen.evaluation.images import ArrayImages, ArrayMember
-
+    archive = path.is_file() and (path.suffix == ".npz" or zipfile.is_zipfile(path))
+    if archive and (statistics := read_statistics(path)) is not None:
         try:
-            ArrayMember(path, "arr_0")
-        except SettingError:
+            return Reference(text, ArrayImages(text, path), statistics)
+        except ArrayMissing:
             return Reference(text, statistics=statistics)
-        return Reference(text, ArrayImages(text, path), statistics)
     return Reference(text, open_images(text, skip_broken=skip_broken, data_root=data_root))
 
 
@@ -84,7 +84,7 @@ class Judged:
     fake: Features
     extractor: Extractor
     options: Options
-    reference: Reference | None
+    statistics: Statistics | None  # where the reference's file has those that the metric wants
     real: Features | None
     train: Features | None
     layer: str
@@ -92,9 +92,8 @@ class Judged:
     notes: dict[str, Any] = field(default_factory=dict)  # what the protocol says besides
 
     def real_moments(self) -> tuple[Tensor, Tensor]:
-        statistics = self.reference.statistics if self.reference else None
-        if statistics is not None and self.layer in statistics.moments:
-            return statistics.moments[self.layer]
+        if self.statistics is not None:
+            return self.statistics.moments[self.layer]
         assert self.real is not None
         return measure(self.real, self.extractor, self.layer)
 
@@ -102,18 +101,26 @@ class Judged:
         assert features is not None
         return features.all(self.extractor, self.layer).to(self.options.extractors.device)
 
+    def check_width(self, ours: int, theirs: int) -> None:
+        """Raise SettingError where features of two sets cannot be compared."""
+        if ours != theirs:
+            raise SettingError(
+                f"{self.extractor.name} gives {ours} features of {self.fake.images.name}, but {theirs} features of "
+                "what it is compared with: give images of one size"
+            )
+
 
 def _frechet(judged: Judged) -> dict[str, float]:
     mean, covariance = judged.real_moments()
     own_mean, own_covariance = measure(judged.fake, judged.extractor, judged.layer)
-    if len(mean) != len(own_mean):
-        raise SettingError(f"the reference has {len(mean)} features, {judged.extractor.name} gives {len(own_mean)}")
+    judged.check_width(len(own_mean), len(mean))
     return {"": math.frechet_distance(own_mean, own_covariance, mean, covariance)}
 
 
 def _kernel(judged: Judged) -> dict[str, float]:
     options = judged.options
     fake, real = judged.rows(judged.fake), judged.rows(judged.real)
+    judged.check_width(fake.shape[1], real.shape[1])
     found = math.kernel_distance(fake, real, options.subsets, options.subset_size)
     judged.notes["subsets"] = f"{found.subsets}x{found.subset_size}"
     return {"": found.mean, "std": found.std, "se": found.error}
@@ -128,12 +135,13 @@ def _inception_score(judged: Judged) -> dict[str, float]:
 def _precision_recall(judged: Judged) -> dict[str, float]:
     judged.notes["k"] = judged.options.neighbours
     fake, real = judged.rows(judged.fake), judged.rows(judged.real)
+    judged.check_width(fake.shape[1], real.shape[1])
     precision, recall = math.precision_recall(fake, real, judged.options.neighbours)
     return {"precision": precision, "recall": recall}
 
 
 def _accuracy(judged: Judged) -> dict[str, float]:
-    labels = torch.tensor(judged.fake.images.labels)
+    labels = torch.tensor(class_ids(judged.fake.images, judged.extractor))
     right = judged.rows(judged.fake).argmax(1).cpu() == labels
     names = getattr(judged.extractor, "class_names", [])
     judged.details["accuracy_per_class"] = {
@@ -143,17 +151,42 @@ def _accuracy(judged: Judged) -> dict[str, float]:
     return {"": float(right.double().mean())}
 
 
+def class_ids(images: ImageSet, extractor: Extractor) -> list[int]:
+    """The extractor's class of every image, by name where both have names. Raises SettingError for one it lacks."""
+    known: list[str] = list(getattr(extractor, "class_names", []))
+    if images.labels is None:
+        raise SettingError(
+            f"accuracy needs the class of every image, and {images.name} does not tell: put them in a folder for each "
+            "class, or keep the names that 'vgen sample' gives"
+        )
+    if images.label_names and known:
+        if strange := sorted({images.label_names[label] for label in images.labels} - set(known)):
+            raise SettingError(
+                f"{images.name} has the class {strange[0]!r}, which {extractor.name} does not know: it tells "
+                f"{', '.join(known[:12])} apart"
+            )
+        return [known.index(images.label_names[label]) for label in images.labels]
+    for label in (min(images.labels), max(images.labels)):
+        if label < 0 or (known and label >= len(known)):
+            raise SettingError(f"class {label} of {images.name} is beyond {extractor.name}'s {len(known)}")
+    return images.labels
+
+
 def _memorization(judged: Judged) -> dict[str, float]:
     """Distances to the nearest training image: of the samples, and of held-out images, which cannot be memorised."""
     assert judged.train is not None
-    found, index = math.nearest(judged.rows(judged.fake), judged.train.blocks(judged.extractor, judged.layer))
+    fake = judged.rows(judged.fake)
+    judged.check_width(fake.shape[1], next(judged.train.blocks(judged.extractor, judged.layer)).shape[1])
+    found, index = math.nearest(fake, judged.train.blocks(judged.extractor, judged.layer))
     closest = found.argsort()[:16]
     judged.details["nearest"] = [
         {"image": int(i), "train": int(index[i]), "distance": float(found[i])} for i in closest.tolist()
     ]
     figures = {"nearest_train": float(found.median())}
     if judged.real is not None:
-        held_out, _ = math.nearest(judged.rows(judged.real), judged.train.blocks(judged.extractor, judged.layer))
+        real = judged.rows(judged.real)
+        judged.check_width(fake.shape[1], real.shape[1])
+        held_out, _ = math.nearest(real, judged.train.blocks(judged.extractor, judged.layer))
         figures["nearest_train_reference"] = float(held_out.median())
         # 1% where samples lie no nearer to the training images than held-out images do
         figures["nearer_than_reference"] = float((found < held_out.quantile(0.01)).double().mean())
@@ -183,6 +216,7 @@ METRICS = {
     "memorization": Metric(_memorization, CLASSIFIER, reference="optional"),
 }
 PAIRED = ("psnr", "ssim", "mse")  # of reconstructions and their originals
+VIDEO_METRICS = ("video_psnr", "video_ssim", "video_mse", "fvd")  # see vgen.evaluation.video
 
 
 @dataclass(frozen=True)
@@ -211,14 +245,14 @@ def parse_metrics(text: str, reconstructed: bool = False) -> list[Asked]:
             if not reconstructed:
                 raise SettingError(f"{name} compares reconstructions with their originals: name a --tokenizer")
         elif name not in METRICS:
-            raise SettingError(f"unknown metric {name!r}: use {', '.join((*METRICS, 'rfid', *PAIRED))}")
+            names = (*METRICS, "rfid", *PAIRED, *VIDEO_METRICS)
+            raise SettingError(f"unknown metric {name!r}: use {', '.join(names)}")
         name = "rfid" if reconstructed and name == "fid" else name
         metric = METRICS["fid" if name == "rfid" else name] if name not in PAIRED else None
         if extractor and metric is not None and metric.fixed and extractor != metric.extractor:
-            raise SettingError(
-                f"{name} means Inception's features: of another network's it is "
-                f"{'mmd' if name == 'kid' else 'frechet'}@{extractor}"
-            )
+            other = {"fid": "frechet", "rfid": "frechet", "sfid": "frechet", "kid": "mmd"}.get(name)
+            hint = f"of another network's it is {other}@{extractor}" if other else "leave out the @"
+            raise SettingError(f"{name} means Inception's features: {hint}")
         if extractor and metric is None:
             raise SettingError(f"{name} compares pixels and takes no extractor")
         asked.append(Asked(part, name, metric, extractor or (metric.extractor if metric else "")))
@@ -264,6 +298,7 @@ class Evaluator:
         self.options = options or Options()
         self.store = FeatureStore(self.options.cache)
         self.warnings: list[str] = list(reference.images.warnings) if reference and reference.images else []
+        self.warnings += train.warnings if train else []
         for item in self.asked:
             self._check(item)
         self.real = self._extract_all(reference.images if reference else None, self._needs_real)
@@ -292,7 +327,10 @@ class Evaluator:
         if item.metric is None or item.metric.reference != "moments" or self.reference is None:
             return False
         statistics = self.reference.statistics
-        return statistics is not None and item.metric.layer in statistics.moments
+        if statistics is None or item.metric.layer not in statistics.moments:
+            return False
+        # Files of others are of Inception; beside images of their own they need not serve other networks.
+        return bool(statistics.protocol) or item.extractor == INCEPTION or self.reference.images is None
 
     def _needs_real(self, item: Asked) -> bool:
         return item.metric is not None and item.metric.reference != "none" and not self._has_moments(item)
@@ -320,12 +358,12 @@ class Evaluator:
         report = Report(images=self._image_facts(fake), warnings=self._warnings(fake))
         for item in self.asked:
             if item.metric is None:
-                report.add(item.name, float(fake.records[item.name].mean()), {"pixels": "8 bit, mean over images"})
+                report.add(item.name, float(fake.records[item.name].mean()), self._paired_protocol(fake))
                 continue
             extractor = self.extractors[item.extractor]
-            judged = Judged(
-                fake, extractor, self.options, self.reference, self.real, self.learnt, item.metric.layer, report.details
-            )
+            file = self.reference.statistics if self.reference and self._has_moments(item) else None
+            sets = (self.real, self.learnt)
+            judged = Judged(fake, extractor, self.options, file, *sets, item.metric.layer, report.details)
             figures = item.metric.compute(judged)
             protocol = self._protocol(item, extractor) | judged.notes
             for part, value in figures.items():
@@ -349,20 +387,21 @@ class Evaluator:
             if item.metric is not None and item.metric.compute in (_frechet, _kernel) and len(images) < 2:
                 raise SettingError(f"{item.name} of {len(images)} image means nothing: give at least 2")
             if item.name == "accuracy":
-                self._check_labels(images, self.extractors[item.extractor])
+                class_ids(images, self.extractors[item.extractor])
+            if item.name == "ssim":
+                width, _, height = images.facts["size"].partition("x")
+                math.check_ssim(int(height), int(width))
 
-    def _check_labels(self, images: ImageSet, extractor: Extractor) -> None:
-        if images.labels is None:
-            raise SettingError(
-                f"accuracy needs the class of every image, and {images.name} does not tell: put them in a folder for "
-                "each class, or keep the names that 'vgen sample' gives"
-            )
-        known = len(getattr(extractor, "class_names", []))
-        if known and max(images.labels) >= known:
-            raise SettingError(f"class {max(images.labels)} of {images.name} is beyond {extractor.name}'s {known}")
+    @staticmethod
+    def _paired_protocol(fake: Features) -> dict[str, Any]:
+        assert isinstance(fake.images, ReconstructedImages)
+        content = hashlib.sha256(fake.records["original"].numpy().tobytes()).hexdigest()
+        originals = {"name": fake.images.originals.name, "n": len(fake), "sha256": content}
+        return {"reference": originals, "pixels": "8 bit, mean over images"}
 
     def _protocol(self, item: Asked, extractor: Extractor) -> dict[str, Any]:
-        found: dict[str, Any] = {**extractor_facts(extractor)}
+        layer = item.metric.layer if item.metric else "features"
+        found: dict[str, Any] = {**extractor_facts(extractor, layer)}
         if item.metric is None or item.metric.reference == "none" or self.reference is None:
             return found
         reference: dict[str, Any] = {"name": self.reference.name}
@@ -370,7 +409,8 @@ class Evaluator:
             reference |= {"n": self.reference.statistics.protocol.get("n"), "sha256": self.reference.statistics.sha256}
         elif self.real is not None:
             reference |= {"n": len(self.real), "sha256": self.real.content}
-        found["reference"] = reference
+        if "sha256" in reference:
+            found["reference"] = reference
         if item.name == "memorization" and self.learnt is not None:
             found["train"] = {"name": self.learnt.images.name, "n": len(self.learnt), "sha256": self.learnt.content}
         return found

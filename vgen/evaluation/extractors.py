@@ -39,6 +39,11 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]: ...
 
 
+def digest_of(extractor: Extractor, layer: str) -> str:
+    """sha256 of what a layer is computed with; some networks have parts that only some layers need."""
+    return getattr(extractor, "layer_digests", {}).get(layer, extractor.digest)
+
+
 @dataclass(frozen=True)
 class ExtractorOptions:
     """How extractors are built."""
@@ -78,7 +83,7 @@ class ClassifierFeatures:
 
     def __init__(self, folder: Path, options: ExtractorOptions) -> None:
         self.name = folder.name
-        self.digest = sha256(*weight_files(folder))
+        self.digest = sha256(*weight_files(folder), folder / "config.json")
         self.model: ImageClassifier = hub.load_component(ImageClassifier, folder, torch.float32)
         self.model.to(options.device, memory_format=torch.channels_last)
         self.class_names = list(self.model.config["class_names"])
@@ -104,8 +109,7 @@ class Pixels:
         self.protocol: dict[str, str] = {}
 
     def __call__(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        grey = bool((images == images[:, :1]).all())
-        features = images[:, : 1 if grey else 3].flatten(1).float().div(255)
+        features = images.flatten(1).float().div(255)
         if features.shape[1] > MAX_PIXEL_FEATURES:
             raise SettingError(
                 f"images of {images.shape[-1]}x{images.shape[-2]} have {features.shape[1]} values, over the limit of "
@@ -125,16 +129,20 @@ class Custom:
         if "" not in sys.path:
             sys.path.insert(0, "")
         try:
-            self.function: Callable[[Tensor], Any] = getattr(importlib.import_module(module_name), name)()
-        except (ImportError, AttributeError, TypeError) as error:
+            module = importlib.import_module(module_name)
+            self.function: Callable[[Tensor], Any] = getattr(module, name)()
+            source = inspect.getsourcefile(module)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise SettingError(f"extractor {path!r} cannot be built ({error}): write package.module:factory") from error
+        if not callable(self.function):
+            raise SettingError(f"extractor {path!r} returned {type(self.function).__name__}: it must give a callable")
         self.name, self.device = path, options.device
         digest = hashlib.sha256(path.encode())
         if isinstance(self.function, nn.Module):
             self.function.eval().requires_grad_(False).to(options.device)
             for key, tensor in self.function.state_dict().items():
-                digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        source = inspect.getsourcefile(importlib.import_module(module_name))
+                values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(key.encode() + values.numpy().tobytes())
         digest.update(Path(source).read_bytes() if source else b"")
         self.digest = digest.hexdigest()
         self.protocol = {"dtype": "float32"}

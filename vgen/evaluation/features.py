@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vgen.evaluation.extractors import Extractor
-from vgen.evaluation.images import Batch, ImageSet, chunks
+from vgen.evaluation.extractors import Extractor, digest_of
+from vgen.evaluation.images import Batch, ImageSet, chunks, image_digests, is_out_of_memory, pixel_bytes
 from vgen.files import atomic_file
 from vgen.progress import progress
 from vgen.types import SettingError
@@ -45,6 +45,17 @@ class FeatureStore:
         except (SafetensorError, OSError):
             return None
 
+    def has(self, space: str, key: str) -> bool:
+        """Whether a whole file is there; looks at its header and length only."""
+        path = self.path(space, key)
+        try:
+            if path.is_file():
+                with safe_open(path, "pt"):
+                    return True
+        except (SafetensorError, OSError):
+            pass
+        return False
+
     def save(self, space: str, key: str, tensors: dict[str, Tensor]) -> None:
         with atomic_file(self.path(space, key)) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
@@ -65,7 +76,8 @@ class Features:
         for key in self.keys:
             found = self.store.load(space_of(extractor, layer), key)
             if found is None:
-                raise RuntimeError(f"cached features {key} have vanished: run again")
+                self.store.path(space_of(extractor, layer), key).unlink(missing_ok=True)
+                raise RuntimeError(f"the cached features {key[:16]} were damaged and are removed: run again")
             yield found[layer]
 
     def all(self, extractor: Extractor, layer: str) -> Tensor:
@@ -75,7 +87,12 @@ class Features:
 
 def space_of(extractor: Extractor, layer: str) -> str:
     """Folder of a layer: two extractors share one only where they compute the same."""
-    parts = [re.sub(r"[^\w.-]+", "_", extractor.name), extractor.digest[:16], *extractor.protocol.values(), layer]
+    parts = [
+        re.sub(r"[^\w.-]+", "_", extractor.name),
+        digest_of(extractor, layer)[:16],
+        *extractor.protocol.values(),
+        layer,
+    ]
     return "-".join(parts)
 
 
@@ -117,15 +134,15 @@ def _extract_chunk(
     batch: Batch | None = None
     key = images.identity(start, stop)
     record = store.load("records", key) if key else None
-    if key is None or record is None:
+    if key is None or record is None or not {"digest", *images.columns} <= record.keys():
         batch = reader.get(start, stop)
-        record = {"digest": _digests(batch.pixels)} | batch.columns
+        record = {"digest": image_digests(batch.pixels)} | batch.columns
         if key is None:
-            key = hashlib.sha256(f"{list(batch.pixels.shape)}".encode() + _bytes(batch.pixels)).hexdigest()
+            key = hashlib.sha256(f"{list(batch.pixels.shape)}".encode() + pixel_bytes(batch.pixels)).hexdigest()
         else:
             store.save("records", key, record)
     for extractor, layers in wanted.values():
-        missing = [layer for layer in layers if not store.path(space_of(extractor, layer), key).is_file()]
+        missing = [layer for layer in layers if not store.has(space_of(extractor, layer), key)]
         if not missing:
             continue
         batch = batch or reader.get(start, stop)
@@ -146,8 +163,8 @@ def _in_memory(extractor: Extractor, pixels: Tensor, layers: Sequence[str]) -> d
             found = extractor(pixels[start : start + size], layers)
             parts.append({layer: found[layer].cpu() for layer in layers})
             start += size
-        except (torch.OutOfMemoryError, MemoryError):
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
             size = extractor.preferred_batch = max(1, size // 2)
     return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
@@ -161,16 +178,6 @@ def _check_finite(features: Tensor, extractor: Extractor, images: ImageSet, star
             f"{extractor.name} gave features that are not finite for {int(bad.sum())} images, first {first}: look at "
             "the image and the weights (and at dtype, unless it is float32); features extracted so far are kept"
         )
-
-
-def _bytes(pixels: Tensor) -> bytes:
-    return pixels.contiguous().numpy().tobytes()
-
-
-def _digests(pixels: Tensor) -> Tensor:
-    """64 bits of a hash of every image, to find duplicates."""
-    found = [hashlib.blake2b(_bytes(image), digest_size=8).digest() for image in pixels]
-    return torch.tensor([int.from_bytes(value, "big", signed=True) for value in found])
 
 
 class _Reader:

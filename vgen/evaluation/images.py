@@ -3,11 +3,14 @@
 All give (B, 3, H, W) uint8 by range of index, and say what is known of them. Know no network and no metric.
 """
 
+import hashlib
 import io
 import json
 import re
 import tarfile
+import tokenize
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,8 @@ from vgen.types import Request, SettingError
 LOSSLESS = {"PNG", "BMP", "TIFF", "GIF"}
 MAX_FILE_BYTES = 1 << 28  # of one image
 OUR_NAME = re.compile(r"\d+_c(\d+|none)_s\d+$")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DAMAGED = (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError, tokenize.TokenError)
 
 
 @dataclass
@@ -46,6 +50,8 @@ class ImageSet(Protocol):
 
     name: str
     labels: list[int] | None  # class of each image where it is known
+    label_names: list[str] | None  # names by class id, where they have names
+    columns: tuple[str, ...]  # what `read` measures besides
     facts: dict[str, Any]  # for the protocol: files, size, sampling settings
     warnings: list[str]
     cheap: bool  # reading costs little next to extracting features
@@ -115,6 +121,7 @@ class FileImages:
     """Image files. All are checked before any work: a broken one found after hours would be found too late."""
 
     cheap = True
+    columns: tuple[str, ...] = ()
 
     def __init__(self, name: str, entries: Sequence[Entry], skip_broken: bool) -> None:
         if not entries:
@@ -134,7 +141,7 @@ class FileImages:
             )
         whole = [(e, h) for e, h in zip(entries, headers, strict=True) if isinstance(h, _Header)]
         self.entries = [entry for entry, _ in whole]
-        self.labels = _labels(self.entries)
+        self.labels, self.label_names = _labels(self.entries)
         self.facts, self.warnings = _facts(name, self.entries, [header for _, header in whole])
         if broken:
             self.facts["broken"] = [entry.name for entry, _ in broken]
@@ -170,12 +177,12 @@ def _inspect(entry: Entry) -> "_Header | str":
             file.seek(0)
             with Image.open(file) as image:
                 found = _Header(image.size, image.format or "", image.mode, image.info.get(KEY))
-                if image.format == "PNG":
-                    image.verify()  # the checksums of all chunks, without decoding
-                else:
-                    image.load()
-        if image.mode.startswith(("I", "F")):
-            return f"{image.mode} pixels, but 8-bit ones are wanted"
+                if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
+                    return "more than 8 bits a channel, but 8-bit pixels are wanted"
+                image.verify()  # checksums, where the format has them
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
         return found
     except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
@@ -256,6 +263,11 @@ def _tar_entries(path: Path) -> list[Entry]:
                     entries.append((member.name, stem, member.offset_data, member.size))
                 elif suffix in ("cls", "json") and member.size < 1 << 20:
                     labels[stem] = _tar_label(archive.extractfile(member), suffix)
+            end = archive.offset
+        with path.open("rb") as file:  # tarfile takes damage for the archive's end, which is a block of zeros
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it breaks off after {end} bytes")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SettingError(f"{path} is a damaged or compressed tar ({error}): get it again, or unpack it") from error
     return [
@@ -271,9 +283,9 @@ def _tar_member(path: Path, offset: int, size: int) -> BinaryIO:
 
 
 def _tar_label(file: Any, suffix: str) -> int | None:
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         content = json.loads(file.read())
-        return int(content) if suffix == "cls" else int(content.get("label", content["cls"]))
+        return int(content) if suffix == "cls" else int(content["label" if "label" in content else "cls"])
     return None
 
 
@@ -283,16 +295,17 @@ def _named_label(stem: str) -> int | None:
     return int(found[1]) if found and found[1] != "none" else None
 
 
-def _labels(entries: Sequence[Entry]) -> list[int] | None:
-    """Classes by what the files say, else by their folders; None where some are unknown."""
+def _labels(entries: Sequence[Entry]) -> tuple[list[int] | None, list[str] | None]:
+    """Classes by what the files say, else by their folders, which have names unless all are numbers."""
     known = [entry.label for entry in entries if entry.label is not None]
     if len(known) == len(entries):
-        return known
+        return known, None
     groups = sorted({entry.group for entry in entries})
     if len(groups) < 2 or "" in groups:
-        return None
-    ids = {group: int(group) if all(g.isdecimal() for g in groups) else i for i, group in enumerate(groups)}
-    return [ids[entry.group] for entry in entries]
+        return None, None
+    if all(group.isdecimal() for group in groups):
+        return [int(entry.group) for entry in entries], None
+    return [groups.index(entry.group) for entry in entries], groups
 
 
 # ---- arrays
@@ -302,6 +315,7 @@ class ArrayImages:
     """`arr_0` of an .npz, (N, H, W, 3) or (N, H, W) uint8, read from the archive piece by piece; classes in `arr_1`."""
 
     cheap = True
+    columns: tuple[str, ...] = ()
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
@@ -310,13 +324,14 @@ class ArrayImages:
         shape, dtype = self.array.shape, self.array.dtype
         if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))):
             raise SettingError(f"arr_0 of {name} is {dtype} {shape}: expected uint8 (N, H, W, 3)")
-        if not shape[0]:
-            raise SettingError(f"arr_0 of {name} holds no images")
+        if min(shape) < 1:
+            raise SettingError(f"arr_0 of {name} has the shape {shape}: it holds no images")
         self.shape = shape
         self.facts: dict[str, Any] = {"files": "npz", "size": _size((shape[2], shape[1]))}
         if len(shape) == 3 or shape[-1] == 1:
             self.facts["grey"] = "as RGB"
         self.labels = self._labels()
+        self.label_names: list[str] | None = None
 
     def _labels(self) -> list[int] | None:
         with suppress(SettingError):
@@ -340,6 +355,10 @@ class ArrayImages:
         return f"image {index} of {self.name}"
 
 
+class ArrayMissing(SettingError):
+    """An .npz without the array that was asked for."""
+
+
 class ArrayMember:
     """One array of an .npz, read by rows without loading the rest. Raises SettingError where it is not there."""
 
@@ -347,14 +366,15 @@ class ArrayMember:
         self.path, self.name = path, name
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [member.removesuffix(".npy") for member in archive.namelist()]
+                names = [member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")]
                 if name not in names:
-                    raise SettingError(f"{path} has no array {name}: it holds {', '.join(names[:8]) or 'nothing'}")
+                    held = ", ".join(names[:8]) or "no arrays"
+                    raise ArrayMissing(f"{path} has no array {name}: it holds {held}")
                 self.file = archive.open(f"{name}.npy")  # keeps the archive's file open
             version = np.lib.format.read_magic(self.file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.shape, fortran, self.dtype = read(self.file)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except DAMAGED as error:
             raise SettingError(f"{path} is damaged or no .npz ({error}): get it again") from error
         except ValueError as error:
             if isinstance(error, SettingError):
@@ -370,15 +390,21 @@ class ArrayMember:
         try:
             self.file.seek(self.begin + start * row)
             content = self.file.read((stop - start) * row)
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        except (*DAMAGED, ValueError) as error:
             raise SettingError(f"{self.path} is damaged or truncated ({error}): get it again") from error
         if len(content) != (stop - start) * row:
             raise SettingError(f"{self.path} is truncated: {self.name} ends before row {stop} of {self.shape[0]}")
         return np.frombuffer(bytearray(content), self.dtype).reshape(stop - start, *self.shape[1:])
 
     def read_scalar(self) -> Any:
-        """The one value of an array without axes."""
-        return np.frombuffer(self.file.read(self.dtype.itemsize), self.dtype)[0]
+        """The value of an array without axes; None for any other."""
+        if self.shape:
+            return None
+        try:
+            content = self.file.read()  # to the end, where the checksum is compared
+            return np.frombuffer(content, self.dtype)[0]
+        except (*DAMAGED, ValueError, IndexError) as error:
+            raise SettingError(f"{self.path} is damaged or truncated ({error}): get it again") from error
 
 
 # ---- data sets
@@ -388,6 +414,7 @@ class SplitImages:
     """A split of a data set that torchvision knows."""
 
     cheap = True
+    columns: tuple[str, ...] = ()
 
     def __init__(self, name: str, data_root: Path | None) -> None:
         known, _, split = name.partition(":")
@@ -395,6 +422,7 @@ class SplitImages:
         self.warnings: list[str] = []
         self.source = open_source(known, split, 28, 1, data_root)
         self.labels: list[int] | None = self.source.labels.tolist()
+        self.label_names: list[str] | None = self.source.class_names
         self.facts: dict[str, Any] = {"files": "data set", "size": "28x28", "grey": "as RGB"}
 
     def __len__(self) -> int:
@@ -408,6 +436,24 @@ class SplitImages:
 
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
+
+
+def pixel_bytes(pixels: Tensor) -> bytes:
+    """What hashes of images are taken of."""
+    return pixels.contiguous().numpy().tobytes()
+
+
+def image_digests(pixels: Tensor) -> Tensor:
+    """64 bits of a hash of every image of (B, 3, H, W), as int64: equal for equal images."""
+    found = [hashlib.blake2b(pixel_bytes(image), digest_size=8).digest() for image in pixels]
+    return torch.tensor([int.from_bytes(value, "big", signed=True) for value in found])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU or a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def chunks(number: int, size: int) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ Knows nothing of metrics, images on disk or caches.
 """
 
 import hashlib
+import http.client
 import io
 import os
 import urllib.error
@@ -59,7 +60,7 @@ def find_weights(path: Path | None = None) -> Path:
             downloaded.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(OFFICIAL_URL, str(downloaded), hash_prefix="6726825d", progress=False)
             return downloaded
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
             reason = f"no download: {getattr(error, 'reason', error)}"
     raise SettingError(
         f"the FID network's weights are not here ({reason}): run 'python scripts/inception_weights.py', which builds "
@@ -73,7 +74,7 @@ class Inception(nn.Module):
 
     Attributes:
         name: "inception-2015-12-05", or "inception-unknown" where the weights are not those of FID.
-        digest: sha256 over the tensors in use.
+        digest: sha256 over the tensors that features come from; `layer_digests["logits"]` over all.
         layers: what it gives; no "logits" where the weights come without their classification layer.
     """
 
@@ -93,7 +94,8 @@ class Inception(nn.Module):
         trunk = _digest((name, tensor) for name, tensor in tensors.items() if name[:3] != "fc.")
         known = trunk == TRUNK_SHA256 or sha256(weights).startswith("6726825d")
         self.name = NAME if known else "inception-unknown"
-        self.digest = _digest(tensors.items()) if classifies else trunk
+        self.digest = trunk  # the same whether or not the file has the layer that only the logits need
+        self.layer_digests = {"logits": _digest(tensors.items())} if classifies else {}
         self.layers = ("features", "spatial", "logits")[: 3 if classifies else 2]
         self.resize, self.dtype = resize, dtype
         net = _pool_later(_fuse(_network(tensors)))
@@ -150,11 +152,19 @@ def resize_clean(images: Tensor, size: int) -> Tensor:
 
 def _read(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path)
-    tensors = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    if strange := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path} holds more than tensors, such as {strange[0]!r}: give the plain state dict")
+    tensors = {name: value.detach() for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    classes = tensors.get("fc.bias", torch.empty(1008)).numel()
+    if classes == 1000 or any(name.startswith("AuxLogits") for name in tensors):
+        raise CheckpointError(
+            f"{path} is torchvision's Inception, not FID's: its features give other figures; "
+            "run 'python scripts/inception_weights.py'"
+        )
     if "Conv2d_1a_3x3.conv.weight" not in tensors:
         raise CheckpointError(
-            f"{path} is not the FID Inception: no tensor Conv2d_1a_3x3.conv.weight (torchvision's Inception is another "
-            "network, which gives other figures)"
+            f"{path} is not the FID Inception: it has no tensor Conv2d_1a_3x3.conv.weight; run "
+            "'python scripts/inception_weights.py'"
         )
     tensors.setdefault("fc.weight", torch.zeros(1008, 2048))
     tensors.setdefault("fc.bias", torch.zeros(1008))

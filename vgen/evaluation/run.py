@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vgen import hub
 from vgen.batch import plan
 from vgen.evaluation import video
-from vgen.evaluation.curves import evaluate_grid, parse_grid
+from vgen.evaluation.curves import evaluate_grid, grid_points, parse_grid
 from vgen.evaluation.evaluate import (
+    VIDEO_METRICS,
+    Asked,
     Evaluator,
     Options,
+    Reference,
     build_extractors,
     make_statistics,
     open_reference,
@@ -31,6 +33,7 @@ from vgen.files import sha256, weight_files
 from vgen.media import contact_sheet, save_png, sheet_zoom, to_pil
 from vgen.types import SettingError
 
+DEFAULT_PER_CLASS = 50
 DEFAULT_METRICS, DEFAULT_OF_TOKENIZERS = "fid,kid,prc", "rfid,psnr,ssim"
 
 
@@ -59,8 +62,9 @@ class Task:
     skip_broken: bool = False
     cache: Path | None = None
     batch_size: int = 64
-    per_class: int = 50
-    seed: int = 0
+    classes: str | None = None
+    per_class: int | None = None
+    seed: int | None = None
     sampler: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -70,8 +74,16 @@ class Task:
     def open(self, text: str) -> ImageSet:
         return open_images(text, skip_broken=self.skip_broken, data_root=self.data_root)
 
+    def of_sampling(self) -> list[str]:
+        """The options in use that decide what a model samples."""
+        known = {"classes": self.classes, "per-class": self.per_class, "seed": self.seed, "sampler": self.sampler}
+        return [name for name, value in known.items() if value is not None] + list(self.settings)
+
+    def number_per_class(self) -> int:
+        return DEFAULT_PER_CLASS if self.per_class is None else self.per_class
+
     def options(self) -> Options:
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(hub.place(self.device, None)[0])
         kind = hub.parse_dtype(self.extractor_dtype)
         return Options(
             extractors=ExtractorOptions(weights=self.weights, resize=self.resize, device=device, dtype=kind),
@@ -84,12 +96,15 @@ class Task:
         )
 
 
-def run(task: Task, classes: Callable[[Any], list[int] | None]) -> bool:
+Classes = Callable[[Any], list[int] | None]  # the class ids to sample from a pipeline
+
+
+def run(task: Task, classes: Classes) -> bool:
     """Carry out a task and print its figures; returns whether broken files were left out.
 
-    `classes` gives the class ids to sample from a pipeline. Raises SettingError for a task that makes no sense.
+    Raises SettingError for a task that makes no sense.
     """
-    if task.metrics and set(task.metrics.split(",")) & set(video.METRICS):
+    if task.metrics and {name.strip() for name in task.metrics.split(",")} & set(VIDEO_METRICS):
         _videos(task)
         return False
     names = task.metrics or (DEFAULT_OF_TOKENIZERS if task.tokenizer else DEFAULT_METRICS)
@@ -99,53 +114,79 @@ def run(task: Task, classes: Callable[[Any], list[int] | None]) -> bool:
     folder = hub.find_local(task.images) if task.images else None
     if task.grid and folder is None:
         raise SettingError("--grid samples from a model: name one, bundled or a folder")
-    if folder is None and (task.settings or task.sampler):
-        raise SettingError(f"{next(iter(task.settings), 'sampler')} is for sampling: name a model, not images")
-    options = task.options()
-    extractors = build_extractors(asked, options.extractors)  # before files are checked: that may take long
-    if task.save_statistics is not None and task.reference is None:
-        make_statistics(_images(task, folder, classes), asked, extractors, task.save_statistics, options)
-        _print(task.save_statistics)
-        return False
-    reference = (
-        open_reference(task.reference, skip_broken=task.skip_broken, data_root=task.data_root)
-        if (task.reference)
-        else None
-    )
-    if task.tokenizer is not None:
-        if reference is None or reference.images is None:
-            raise SettingError("--tokenizer reconstructs images: name them with --reference")
-        images: ImageSet = _reconstructed(task, reference.images)
-    elif not task.grid:
+    if folder is None and (given := task.of_sampling()):
+        raise SettingError(f"{given[0]} is for sampling: name a model, not images")
+    _check_outputs(task, asked)
+    extractors = build_extractors(asked, task.options().extractors)  # before files are checked: that may take long
+    if task.save_statistics is not None:
         images = _images(task, folder, classes)
+        make_statistics(images, asked, extractors, task.save_statistics, task.options())
+        _warn(*images.warnings)
+        _print(task.save_statistics)
+        return _broken(images)
+    points = _points(task, classes) if task.grid else []
+    reference = _reference(task)
     train = task.open(task.train) if task.train else None
-    evaluator = Evaluator(asked, extractors, reference, train, options)
+    broken = _broken(train, reference.images if reference else None)
     if task.grid:
-        pipeline = _pipeline(task, str(task.images))
-        items = plan(classes(pipeline), task.per_class, task.seed)
-        for point, report in evaluate_grid(
-            pipeline, items, task.settings, task.sampler, parse_grid(task.grid), evaluator, task.out
-        ):
-            _show(report, " ".join(f"{name}={value}" for name, value in point.items()))
-        _print(task.out / "curve.png")
-        return False
-    report = evaluator.run(images)
+        _curve(task, points, Evaluator(asked, extractors, reference, train, task.options()))
+        return broken
+    images = _reconstructed(task, reference) if task.tokenizer else _images(task, folder, classes)
+    report = Evaluator(asked, extractors, reference, train, task.options()).run(images)
     if report is not None:
         _show(report)
-        if task.json_file is not None:
-            report.save(task.json_file)
+        _save(report, task)
         if task.nearest_sheet is not None and train is not None:
             save_nearest(report, images, train, task.nearest_sheet)
-    sources = [images, train, reference.images if reference else None]
-    return any("broken" in source.facts for source in sources if source is not None)
+    return broken or _broken(images)
 
 
-def _images(task: Task, folder: Path | None, classes: Callable[[Any], list[int] | None]) -> ImageSet:
+def _broken(*sets: ImageSet | None) -> bool:
+    return any("broken" in images.facts for images in sets if images is not None)
+
+
+def _reference(task: Task) -> Reference | None:
+    if task.reference is None:
+        return None
+    return open_reference(task.reference, skip_broken=task.skip_broken, data_root=task.data_root)
+
+
+def _points(task: Task, classes: Classes) -> list[tuple[dict[str, Any], SampledImages]]:
+    grid = parse_grid(task.grid)
+    pipeline = _pipeline(task, str(task.images))
+    items = plan(classes(pipeline), task.number_per_class(), task.seed or 0)
+    return grid_points(pipeline, items, task.settings, task.sampler, grid)
+
+
+def _curve(task: Task, points: list[tuple[dict[str, Any], SampledImages]], evaluator: Evaluator) -> None:
+    for point, report in evaluate_grid(points, evaluator, task.out):
+        _show(report, " ".join(f"{name}={value}" for name, value in point.items()))
+    _print(task.out / "curve.png")
+
+
+def _check_outputs(task: Task, asked: list[Asked]) -> None:
+    """Raise SettingError for options that would be passed over."""
+    if task.save_statistics is not None:
+        given: dict[str, Any] = {"--reference": task.reference, "--tokenizer": task.tokenizer, "--json": task.json_file}
+        given |= {"--grid": task.grid, "--train": task.train, "--nearest-sheet": task.nearest_sheet}
+        if named := [flag for flag, value in given.items() if value]:
+            raise SettingError(f"--save-statistics writes the images' statistics and judges nothing: drop {named[0]}")
+    if task.grid and task.json_file is not None:
+        raise SettingError("--json is of one evaluation: a --grid writes curve.json into --out")
+    if all(item.name != "memorization" for item in asked):
+        for flag, value in (("--train", task.train), ("--nearest-sheet", task.nearest_sheet)):
+            if value:
+                raise SettingError(f"{flag} is for the metric memorization: add it to --metrics")
+    if task.nearest_sheet is not None and task.grid:
+        raise SettingError("--nearest-sheet is of one evaluation, not of a --grid")
+
+
+def _images(task: Task, folder: Path | None, classes: Classes) -> ImageSet:
     """Samples where a model was named, else images that are there."""
     if folder is None:
         return task.open(str(task.images))
     pipeline = _pipeline(task, str(task.images))
-    items = plan(classes(pipeline), task.per_class, task.seed)
+    items = plan(classes(pipeline), task.number_per_class(), task.seed or 0)
     return SampledImages(pipeline, items, task.settings, task.sampler)
 
 
@@ -156,21 +197,33 @@ def _pipeline(task: Task, name: str) -> Any:
     return pipeline
 
 
-def _reconstructed(task: Task, originals: ImageSet) -> ReconstructedImages:
+def _reconstructed(task: Task, reference: Reference | None) -> ReconstructedImages:
+    if reference is None or reference.images is None:
+        raise SettingError("--tokenizer reconstructs images: name them with --reference")
     name = str(task.tokenizer)
     tokenizer, folder = hub.load_tokenizer(name, device=task.device, dtype=task.dtype)
-    return ReconstructedImages(tokenizer, name, sha256(*weight_files(folder)), originals)
+    return ReconstructedImages(tokenizer, name, sha256(*weight_files(folder)), reference.images)
 
 
 def _videos(task: Task) -> None:
     if task.images is None or task.reference is None:
         raise SettingError("metrics of videos compare videos with a --reference: name both")
+    given = {"--tokenizer": task.tokenizer, "--grid": task.grid, "--train": task.train, "--weights": task.weights}
+    given |= {"--save-statistics": task.save_statistics, "--nearest-sheet": task.nearest_sheet}
+    if named := [flag for flag, value in given.items() if value] + task.of_sampling():
+        raise SettingError(f"{named[0]} means nothing for videos: leave it out")
+    if not processes().is_main_process:
+        return
     videos, reference = video.open_videos(task.images), video.open_videos(task.reference)
     names = [name.strip() for name in str(task.metrics).split(",")]
     report = video.evaluate_videos(
         videos, reference, names, i3d=task.fvd_weights, device=task.options().extractors.device
     )
     _show(report)
+    _save(report, task)
+
+
+def _save(report: Report, task: Task) -> None:
     if task.json_file is not None:
         report.save(task.json_file)
 
@@ -189,13 +242,18 @@ def _show(report: Report | None, point: str = "") -> None:
     """Warnings on stderr, figures on stdout, in the main process."""
     if report is None:
         return
-    for warning in report.warnings:
-        print(f"vgen: {warning}", file=sys.stderr)
+    _warn(*report.warnings)
     if sys.stdout.isatty():
         print(*([f"\n{point}"] if point else []), *report.table(), sep="\n", flush=True)
         return
     for line in report.lines():
         print(f"{point}\t{line}" if point else line, flush=True)
+
+
+def _warn(*warnings: str) -> None:
+    if processes().is_main_process:
+        for warning in warnings:
+            print(f"vgen: {warning}", file=sys.stderr)
 
 
 def _print(path: Path) -> None:

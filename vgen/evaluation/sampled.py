@@ -10,7 +10,7 @@ import torch
 from vgen import __version__
 from vgen.batch import Item
 from vgen.data import to_model_range, to_uint8, to_unit_range
-from vgen.evaluation.images import Batch, ImageSet, sampling_facts
+from vgen.evaluation.images import Batch, ImageSet, image_digests, is_out_of_memory, sampling_facts
 from vgen.evaluation.metrics import per_image_error
 from vgen.types import SettingError
 
@@ -19,6 +19,7 @@ class SampledImages:
     """Samples of a pipeline. Columns: seconds (wall clock per image) and evaluations (of the model, per image)."""
 
     cheap = False
+    columns: tuple[str, ...] = ("seconds", "evaluations")
 
     def __init__(
         self, pipeline: Any, items: Sequence[Item], settings: dict[str, Any], sampler: str | None = None
@@ -28,6 +29,8 @@ class SampledImages:
         self.name = pipeline.source
         labels = [item.class_label for item in items if item.class_label is not None]
         self.labels = labels if len(labels) == len(items) else None
+        named = pipeline.config.get("id2label") if hasattr(pipeline, "config") else None
+        self.label_names: list[str] | None = pipeline.class_names if named else None
         first = self._request(0, 1)
         self.facts = {"files": "none, sampled", "size": "", "sampling": sampling_facts(first)}
         size = pipeline.tokenizer.image_size
@@ -48,6 +51,17 @@ class SampledImages:
         return labels, [item.seed for item in chosen]
 
     def read(self, start: int, stop: int) -> Batch:
+        try:
+            return self._sample(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            if stop - start == 1 or not is_out_of_memory(error):
+                raise
+        middle = (start + stop) // 2
+        parts = [self.read(start, middle), self.read(middle, stop)]
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in self.columns}
+        return Batch(torch.cat([part.pixels for part in parts]), columns)
+
+    def _sample(self, start: int, stop: int) -> Batch:
         labels, seeds = self._inputs(start, stop)
         sampler = {} if self.sampler is None else {"sampler": self.sampler}
         out = self.pipeline(class_labels=labels, seeds=seeds, output_type="pt", **sampler, **self.settings)
@@ -65,14 +79,15 @@ class SampledImages:
 
 
 class ReconstructedImages:
-    """What a tokenizer makes of a set of images. Columns: psnr, ssim and mse of each image."""
+    """What a tokenizer makes of a set of images. Columns: psnr, ssim, mse of each image, and its original's digest."""
 
     cheap = False
+    columns: tuple[str, ...] = ("psnr", "ssim", "mse", "original")
 
     def __init__(self, tokenizer: Any, name: str, digest: str, originals: ImageSet) -> None:
         self.tokenizer, self.digest, self.originals = tokenizer, digest, originals
         self.name = f"{name} of {originals.name}"
-        self.labels = originals.labels
+        self.labels, self.label_names = originals.labels, originals.label_names
         size = tokenizer.image_size
         if originals.facts["size"] != f"{size}x{size}":
             raise SettingError(
@@ -94,10 +109,11 @@ class ReconstructedImages:
         pixels = self.originals.read(start, stop).pixels
         images = to_model_range(pixels).to(self.tokenizer.device)
         rebuilt = to_uint8(to_unit_range(self.tokenizer.decode(self.tokenizer.encode(images)))).cpu()
-        return Batch(rebuilt, per_image_error(rebuilt, pixels))
+        return Batch(rebuilt, per_image_error(rebuilt, pixels) | {"original": image_digests(pixels)})
 
     def identity(self, start: int, stop: int) -> str | None:
-        known = [str(self.facts["sampling"]), self.digest, __version__]
+        place = {name: value for name, value in self.facts["sampling"].items() if name in ("dtype", "device")}
+        known = [str(place), self.digest, __version__]
         pixels = self.originals.read(start, stop).pixels.contiguous().numpy().tobytes()
         return hashlib.sha256("".join(known).encode() + pixels).hexdigest()
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgen.evaluation.extractors import Extractor
+from vgen.evaluation.extractors import Extractor, digest_of
 from vgen.evaluation.features import Features
-from vgen.evaluation.images import ArrayMember
+from vgen.evaluation.images import ArrayMember, ArrayMissing
 from vgen.evaluation.metrics import Moments
 from vgen.files import atomic_file, sha256
 from vgen.types import SettingError
@@ -53,9 +53,9 @@ def save_statistics(path: Path, features: Features, extractor: Extractor, layers
         np.savez(file, **arrays)
 
 
-def extractor_facts(extractor: Extractor) -> dict[str, str]:
+def extractor_facts(extractor: Extractor, layer: str = "features") -> dict[str, str]:
     """What must agree for features to be comparable."""
-    return {"extractor": extractor.name, "extractor_sha256": extractor.digest, **extractor.protocol}
+    return {"extractor": extractor.name, "extractor_sha256": digest_of(extractor, layer), **extractor.protocol}
 
 
 def read_statistics(path: Path) -> Statistics | None:
@@ -99,10 +99,8 @@ def _protocol(path: Path) -> dict[str, Any]:
 def _member(path: Path, name: str) -> ArrayMember | None:
     try:
         return ArrayMember(path, name)
-    except SettingError as error:
-        if "has no array" in str(error):
-            return None
-        raise
+    except ArrayMissing:
+        return None
 
 
 def check_comparable(statistics: Statistics, extractor: Extractor, name: str) -> list[str]:
@@ -110,6 +108,12 @@ def check_comparable(statistics: Statistics, extractor: Extractor, name: str) ->
     if not statistics.protocol:
         if "Inception" not in type(extractor).__name__:
             raise SettingError(f"{name} does not say which network it is of: it is taken for Inception's only")
+        resize = extractor.protocol.get("resize", "legacy")
+        if resize != "legacy":
+            raise SettingError(
+                f"{name} does not record its protocol, and is taken for the usual legacy resize: it cannot be compared "
+                f"with --resize {resize}"
+            )
         return [f"{name} does not record its protocol: taken for {extractor.name} with the legacy resize"]
     for fact, ours in extractor_facts(extractor).items():
         theirs = statistics.protocol.get(fact)

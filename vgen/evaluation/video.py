@@ -1,6 +1,7 @@
 """Judging videos: errors of every frame against the true one, and FVD with a user's I3D network."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from vgen import __version__
 from vgen.data import to_model_range
-from vgen.evaluation.images import UNREADABLE, ArrayMember
-from vgen.evaluation.metrics import Moments, frechet_distance, per_image_error
+from vgen.evaluation.evaluate import VIDEO_METRICS
+from vgen.evaluation.images import UNREADABLE, ArrayMember, is_out_of_memory
+from vgen.evaluation.metrics import Moments, check_ssim, frechet_distance, per_image_error
 from vgen.evaluation.report import Report
 from vgen.files import sha256
 from vgen.progress import progress
 from vgen.types import CheckpointError, SettingError
 
-METRICS = ("video_psnr", "video_ssim", "video_mse", "fvd")
 ANIMATED = {".gif", ".webp", ".png", ".apng"}
 MIN_FRAMES = 10  # of I3D's input
 MAX_FRAMES = 10_000
@@ -60,6 +61,8 @@ class ArrayVideos:
         shape, dtype = self.array.shape, self.array.dtype
         if dtype != np.uint8 or len(shape) != 5 or shape[-1] not in (1, 3):
             raise SettingError(f"arr_0 of {name} is {dtype} {shape}: expected uint8 (N, F, H, W, 3)")
+        if min(shape) < 1:
+            raise SettingError(f"arr_0 of {name} has the shape {shape}: it holds no videos")
 
     def __len__(self) -> int:
         return self.array.shape[0]
@@ -98,7 +101,7 @@ class FileVideos:
 
     def _frames(self, path: Path) -> Iterator[Image.Image]:
         if path.is_dir():
-            for file in sorted(path.iterdir())[:MAX_FRAMES]:
+            for file in sorted(file for file in path.iterdir() if file.name[0] != ".")[:MAX_FRAMES]:
                 with Image.open(file) as image:
                     yield image.convert("RGB")
             return
@@ -122,8 +125,8 @@ def evaluate_videos(
 
     Raises SettingError where they do not fit or a metric is unknown.
     """
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise SettingError(f"{unknown[0]} is no metric of videos: use {', '.join(METRICS)}")
+    if unknown := [name for name in metrics if name not in VIDEO_METRICS]:
+        raise SettingError(f"{unknown[0]} is no metric of videos: use {', '.join(VIDEO_METRICS)}")
     paired = [name for name in metrics if name != "fvd"]
     if paired and len(videos) != len(reference):
         raise SettingError(
@@ -132,6 +135,8 @@ def evaluate_videos(
         )
     detector = I3D(i3d, device) if "fvd" in metrics else None
     shape = videos.read(0).shape
+    if "video_ssim" in metrics:
+        check_ssim(shape[2], shape[3])
     report = Report(images=_facts(videos, shape), warnings=[])
     other = {"reference": {"name": reference.name, "n": len(reference), "sha256": _content(reference)}}
     if paired:
@@ -194,7 +199,9 @@ class I3D:
         if not path.is_file():
             raise SettingError(f"no such file: {path}")
         try:
-            self.net: Any = torch.jit.load(str(path), map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # deprecated, but the form that the network comes in
+                self.net: Any = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is no TorchScript network: give StyleGAN-V's i3d_torchscript.pt") from error
         self.digest, self.device = sha256(path), device
@@ -205,7 +212,15 @@ class I3D:
         if videos.shape[1] < MIN_FRAMES:
             raise SettingError(f"videos of {videos.shape[1]} frames: I3D needs at least {MIN_FRAMES}")
         x = to_model_range(videos).transpose(1, 2).contiguous().to(self.device)
-        features = self.net(x, rescale=False, resize=True, return_features=True)
+        try:
+            features = self.net(x, rescale=False, resize=True, return_features=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"the network does not take videos as StyleGAN-V's i3d_torchscript.pt does ({reason}): give that file"
+            ) from error
         if features.shape != (len(videos), I3D_WIDTH):
             raise CheckpointError(f"the I3D network gave {list(features.shape)}, expected {[len(videos), I3D_WIDTH]}")
         if not torch.isfinite(features).all():

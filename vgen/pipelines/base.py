@@ -33,7 +33,7 @@ class Pipeline(DiffusionPipeline):
     """A tokenizer and a generator with the samplers that join them. Families subclass this."""
 
     _optional_components = ["tokenizer"]  # noqa: RUF012
-    default_sampler: str
+    samplers: tuple[str, ...]  # the default first
     source: str = ""  # the name this pipeline was loaded by
     folder: Path | None = None  # where its files lie
 
@@ -168,13 +168,19 @@ class Pipeline(DiffusionPipeline):
             model=self.source,
             class_labels=ids,
             seeds=list(seeds),
-            sampler=sampler or self.default_sampler,
+            sampler=self.resolve_sampler(sampler),
             settings=self.resolve_settings(settings),
             vgen=__version__,
             checkpoint=self.checkpoint(),
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
         )
+
+    def resolve_sampler(self, sampler: str | None) -> str:
+        """A sampler's name, the default for None. Raises SettingError for one that this family does not have."""
+        if sampler not in (None, *self.samplers):
+            raise SettingError(f"unknown sampler {sampler!r}: use one of {', '.join(self.samplers)}")
+        return sampler or self.samplers[0]
 
     def checkpoint(self) -> str:
         """Hash of the weights: of the files where the pipeline was loaded from a folder, else of the tensors."""

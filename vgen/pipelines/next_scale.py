@@ -13,8 +13,6 @@ from vgen.pipelines.editing import composite, keep_masks, to_mask, to_pixels
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
 from vgen.types import Output, Rng, SettingError, Step
 
-SAMPLERS = ("next-scale",)
-
 
 class NextScalePipeline(Pipeline):
     """A multi-scale tokenizer and a next-scale generator.
@@ -25,7 +23,7 @@ class NextScalePipeline(Pipeline):
         id2label: class names by id.
     """
 
-    default_sampler = "next-scale"
+    samplers = ("next-scale",)
 
     def __init__(self, tokenizer: Any, generator: Any, id2label: dict[int, str] | None = None) -> None:
         super().__init__()
@@ -74,8 +72,7 @@ class NextScalePipeline(Pipeline):
         images: int = 1,
         **settings: Any,
     ) -> tuple[Iterator[Step], Rng]:
-        if sampler not in (None, *SAMPLERS):
-            raise SettingError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+        self.resolve_sampler(sampler)
         self.check_tokenizer()
         chosen = check_settings(settings, self.generator.config["vocab_size"])
         labels, rng = self.inputs(class_labels, seeds, generator)

@@ -51,12 +51,8 @@ class ClassifierTask:
         pass
 
     def evaluate(self) -> dict[str, float]:
-        logits = torch.cat(
-            [
-                self.model(to_model_range(self.held_out.images(range(start, min(start + 500, self._held_out())))))
-                for start in range(0, self._held_out(), 500)
-            ]
-        )
+        parts = [range(start, min(start + 500, self._held_out())) for start in range(0, self._held_out(), 500)]
+        logits = torch.cat([self.model(to_model_range(self.held_out.images(part))).cpu() for part in parts])
         labels = self.held_out.labels
         return {
             "test_accuracy": float((logits.argmax(1) == labels).float().mean()),
@@ -70,7 +66,7 @@ class ClassifierTask:
         """Held-out images that it takes for another class."""
         images = to_model_range(self.held_out.images(spread(self._held_out(), 2000)))
         labels = self.held_out.labels[spread(self._held_out(), 2000)]
-        wrong = images[self.model(images).argmax(1) != labels][:64]
+        wrong = images[self.model(images).argmax(1).cpu() != labels][:64]
         wrong = wrong if len(wrong) else images[:1]
         return contact_sheet(to_pil(to_uint8(to_unit_range(wrong.expand(-1, 3, -1, -1)))), 16, sheet_zoom(28))
 

@@ -332,7 +332,8 @@ def test_paired_figures_name_the_originals(tmp_path: Path) -> None:
     images = ReconstructedImages(tokenizer, "tok", "ab" * 32, reference.images)
     report = judge(images, "psnr", reference, reconstructed=True)
     assert report.protocols["psnr"]["reference"]["n"] == 4
-    assert len(report.protocols["psnr"]["reference"]["sha256"]) == 64
+    originals = judge(reference.name, "frechet@pixels", reference).images["sha256"]
+    assert report.protocols["psnr"]["reference"]["sha256"] == originals != report.images["sha256"]
 
 
 def test_paired_figures_need_reconstructions(fake: str) -> None:
@@ -419,6 +420,8 @@ def test_few_images_are_warned_of_where_fid_is_asked_for(
 def test_unequal_classes_are_warned_of(tmp_path: Path, real: str) -> None:
     uneven = write_npz(tmp_path / "uneven.npz", FAKE, [0] * 20 + [1] * 9 + [2] * 2)
     assert warnings_of(uneven, "frechet@pixels", real) == ["unequal classes: from 2 to 20 images"]
+    nearly = write_npz(tmp_path / "nearly.npz", FAKE, [0] * 16 + [1] * 15)
+    assert warnings_of(nearly, "frechet@pixels", real) == ["unequal classes: from 15 to 16 images"]
 
 
 def test_doubles_are_counted(tmp_path: Path, real: str) -> None:

@@ -39,6 +39,7 @@ from vgen.evaluation import metrics as math
 from vgen.evaluation.classifier import ImageClassifier
 from vgen.evaluation.inception import NAME
 from vgen.files import sha256, weight_files
+from vgen.pipelines.next_scale import NextScalePipeline
 
 FAKE, REAL = pictures(12, seed=1), pictures(14, seed=2)
 PIXELS = "frechet@pixels,mmd@pixels,prc@pixels"
@@ -331,8 +332,6 @@ def test_samples_without_a_class(run: Run, saved: Path, grey: tuple[str, str]) -
 def test_samples_are_kept_for_the_next_metric(
     run: Run, saved: Path, grey: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vgen.pipelines.next_scale import NextScalePipeline
-
     first = run(saved, *grey, "--per-class", 2, "--metrics", "frechet@pixels")
 
     def never(*arguments: Any, **options: Any) -> None:
@@ -671,6 +670,12 @@ def test_a_damaged_model_is_a_failure(run: Run, saved: Path, grey: tuple[str, st
     weights = broken / "generator" / tiny.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:500])
     refused(run(broken, *grey, "--metrics", "frechet@pixels"), 1, "cannot load .*generator", "get the model again")
+
+
+def test_a_model_without_tokenizer_makes_no_samples(run: Run, grey: tuple[str, str]) -> None:
+    NextScalePipeline(None, tiny.tiny_pipeline().generator).save_pretrained("blind")
+    for flags in ([], ["--grid", "top_k=1,2"]):
+        refused(run("blind", *grey, "--metrics", "frechet@pixels", *flags), 2, "has no tokenizer", "convert it again")
 
 
 def test_a_cache_that_cannot_be_written_is_a_failure(run: Run, sets: tuple[str, str, str]) -> None:

@@ -803,3 +803,40 @@ def test_chunks_cover_everything_once(number: int, size: int) -> None:
     bounds = list(chunks(number, size))
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(number))
     assert all(stop - start == size for start, stop in bounds[:-1])
+
+
+# ---- what people do to folders and tars
+
+
+def test_two_tars_joined_are_refused(tmp_path: Path) -> None:
+    """Readers stop at the first one's end: the figures would be of half the images."""
+    one, two = (write_tar(tmp_path / name, pngs(3)) for name in ("a.tar", "b.tar"))
+    (tmp_path / "c.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(SettingError, match=r"c\.tar .*appended"):
+        open_images(str(tmp_path / "c.tar"))
+
+
+def test_images_beside_tars_are_refused(tmp_path: Path) -> None:
+    folder = as_shards(tmp_path, noise(4))
+    (folder / "0.png").write_bytes(encode(noise(1)[0]))
+    with pytest.raises(SettingError, match="both images and"):
+        open_images(str(folder))
+
+
+def test_hidden_files_in_tars_are_left_out(tmp_path: Path) -> None:
+    folder = as_shards(tmp_path, noise(4))
+    (folder / "._0.tar").write_bytes(b"resource fork")
+    assert len(open_images(str(folder))) == 4
+    assert len(open_images(str(write_tar(tmp_path / "a.tar", pngs(2) | {"._000.png": b"resource fork"})))) == 2
+
+
+def test_what_is_no_picture_is_said_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pngs(2) | {"002.png": b"hello"})
+    with pytest.raises(SettingError, match=r"first 002\.png \(no picture\)"):
+        open_images(str(path))
+
+
+@pytest.mark.parametrize("content", [b"1.7", b"true"])
+def test_classes_are_whole_numbers(tmp_path: Path, content: bytes) -> None:
+    files = {"0.png": encode(noise(1)[0]), "0.cls": content}
+    assert open_images(str(write_tar(tmp_path / "a.tar", files))).labels is None

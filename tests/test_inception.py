@@ -308,6 +308,7 @@ def test_the_digest_is_of_all_tensors_and_nothing_else(state: State, tmp_path: P
     assert len({wanted, swapped, *changed}) == 6
 
 
+@pytest.mark.usefixtures("without_network")
 def test_the_classification_layer_decides_nothing_but_logits(state: State, tmp_path: Path) -> None:
     """Statistics made with the file that lacks it serve runs with the file that has it."""
     small = {name: state[name] for name in ("Conv2d_1a_3x3.conv.weight", "fc.weight")}

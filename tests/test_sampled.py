@@ -340,6 +340,22 @@ def test_reconstructions_are_made_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(first.records["psnr"], second.records["psnr"]) and len(second.records["psnr"]) == 5
 
 
+def test_reconstructing_adapts_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = MultiScaleVQ.encode
+
+    def greedy(self: MultiScaleVQ, images: Tensor) -> list[Tensor]:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        return encode(self, images)
+
+    images = ReconstructedImages(tokenizer_of_16(), "vq", "d" * 64, Pictures())
+    wanted = images.read(0, 5)
+    monkeypatch.setattr(MultiScaleVQ, "encode", greedy)
+    found = images.read(0, 5)
+    assert torch.equal(found.pixels, wanted.pixels) and found.columns.keys() == wanted.columns.keys()
+    assert all(torch.equal(found.columns[name], wanted.columns[name]) for name in wanted.columns)
+
+
 def test_images_of_another_size_than_the_tokenizers_are_refused(tmp_path: Path) -> None:
     originals = open_images(str(write_folder(tmp_path, each=1, side=10)))
     with pytest.raises(SettingError, match=r"the tokenizer takes 16x16 images, but .* has 10x10"):

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vgen.data import BUILT_IN, SUFFIXES, open_source
@@ -83,8 +83,11 @@ def open_images(text: str, *, skip_broken: bool = False, data_root: Path | None 
         return SplitImages(text, data_root)
     path = Path(text).expanduser()
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        entries = [entry for tar in tars for entry in _tar_entries(tar)] if tars else _folder_entries(path)
+        tars = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".")
+        entries = _folder_entries(path)
+        if tars and entries:
+            raise SettingError(f"{text} holds both images and .tar files: evaluate one kind at a time")
+        entries = entries or [entry for tar in tars for entry in _tar_entries(tar)]
         return FileImages(text, entries, skip_broken)
     if not path.is_file():
         sets = ", ".join(f"{known}:test" for known in BUILT_IN)
@@ -176,7 +179,8 @@ def _inspect(entry: Entry) -> "_Header | str":
                 return f"{file.tell()} bytes, over the limit of {MAX_FILE_BYTES}"
             file.seek(0)
             with Image.open(file) as image:
-                found = _Header(image.size, image.format or "", image.mode, image.info.get(KEY))
+                mode = "RGBA" if "transparency" in image.info else image.mode
+                found = _Header(image.size, image.format or "", mode, image.info.get(KEY))
                 if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
                     return "more than 8 bits a channel, but 8-bit pixels are wanted"
                 image.verify()  # checksums, where the format has them
@@ -184,6 +188,8 @@ def _inspect(entry: Entry) -> "_Header | str":
             with Image.open(file) as image:
                 image.load()
         return found
+    except UnidentifiedImageError:
+        return "no picture"
     except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
@@ -257,7 +263,7 @@ def _tar_entries(path: Path) -> list[Entry]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 stem, _, suffix = member.name.rpartition(".")
-                if not member.isfile():
+                if not member.isfile() or Path(member.name).name.startswith("."):
                     continue
                 if f".{suffix.lower()}" in SUFFIXES:
                     entries.append((member.name, stem, member.offset_data, member.size))
@@ -266,8 +272,11 @@ def _tar_entries(path: Path) -> list[Entry]:
             end = archive.offset
         with path.open("rb") as file:  # tarfile takes damage for the archive's end, which is a block of zeros
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            rest = file.read(2 * tarfile.RECORDSIZE)  # zeros fill up a record
+            if not rest.startswith(bytes(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"it breaks off after {end} bytes")
+            if any(rest):
+                raise tarfile.ReadError("there is more after its end: was another one appended?")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SettingError(f"{path} is a damaged or compressed tar ({error}): get it again, or unpack it") from error
     return [
@@ -285,7 +294,8 @@ def _tar_member(path: Path, offset: int, size: int) -> BinaryIO:
 def _tar_label(file: Any, suffix: str) -> int | None:
     with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         content = json.loads(file.read())
-        return int(content) if suffix == "cls" else int(content["label" if "label" in content else "cls"])
+        value = content if suffix == "cls" else content["label" if "label" in content else "cls"]
+        return value if type(value) is int else None
     return None
 
 
@@ -453,7 +463,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def chunks(number: int, size: int) -> Iterator[tuple[int, int]]:

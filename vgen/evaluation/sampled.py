@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,19 @@ from vgen.data import to_model_range, to_uint8, to_unit_range
 from vgen.evaluation.images import Batch, ImageSet, image_digests, is_out_of_memory, sampling_facts
 from vgen.evaluation.metrics import per_image_error
 from vgen.types import SettingError
+
+
+def _in_memory(make: Callable[[int, int], Batch], start: int, stop: int) -> Batch:
+    """Images start..stop, made in halves while memory does not suffice for all at once."""
+    try:
+        return make(start, stop)
+    except (RuntimeError, MemoryError) as error:
+        if stop - start == 1 or not is_out_of_memory(error):
+            raise
+    middle = (start + stop) // 2
+    first, second = _in_memory(make, start, middle), _in_memory(make, middle, stop)
+    columns = {name: torch.cat([column, second.columns[name]]) for name, column in first.columns.items()}
+    return Batch(torch.cat([first.pixels, second.pixels]), columns)
 
 
 class SampledImages:
@@ -51,15 +64,7 @@ class SampledImages:
         return labels, [item.seed for item in chosen]
 
     def read(self, start: int, stop: int) -> Batch:
-        try:
-            return self._sample(start, stop)
-        except (RuntimeError, MemoryError) as error:
-            if stop - start == 1 or not is_out_of_memory(error):
-                raise
-        middle = (start + stop) // 2
-        parts = [self.read(start, middle), self.read(middle, stop)]
-        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in self.columns}
-        return Batch(torch.cat([part.pixels for part in parts]), columns)
+        return _in_memory(self._sample, start, stop)
 
     def _sample(self, start: int, stop: int) -> Batch:
         labels, seeds = self._inputs(start, stop)
@@ -104,8 +109,11 @@ class ReconstructedImages:
     def __len__(self) -> int:
         return len(self.originals)
 
-    @torch.no_grad()
     def read(self, start: int, stop: int) -> Batch:
+        return _in_memory(self._rebuild, start, stop)
+
+    @torch.no_grad()
+    def _rebuild(self, start: int, stop: int) -> Batch:
         pixels = self.originals.read(start, stop).pixels
         images = to_model_range(pixels).to(self.tokenizer.device)
         rebuilt = to_uint8(to_unit_range(self.tokenizer.decode(self.tokenizer.encode(images)))).cpu()

@@ -410,7 +410,7 @@ def test_broken_files_can_be_left_out(tmp_path: Path) -> None:
     files = pngs(4) | {"001.png": b"text", "zzz.png": b""}
     images = opened(tmp_path, files, skip_broken=True)
     assert len(images) == 3 and images.facts["broken"] == ["001.png", "zzz.png"]
-    assert images.warnings == [f"2 broken files were left out of {tmp_path}, first 001.png"]
+    assert images.warnings == [f"broken files left out of {tmp_path}: 2, first 001.png"]
     assert np.array_equal(images.read(0, 3).pixels.permute(0, 2, 3, 1), pictures[[0, 2, 3]])
     assert images.describe(1) == "002.png"
 

@@ -31,7 +31,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise SettingError(f"--grid {text!r} has no values: write a setting and its values, as guidance_scale=1,2")
         if name in grid:
             raise SettingError(f"--grid names {name} twice: give all its values at once")
-        grid[name] = found
+        grid[name] = list(dict.fromkeys(found))
     number = 1
     for choices in grid.values():
         number *= len(choices)
@@ -45,8 +45,8 @@ def _value(text: str, whole: str) -> Any:
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", text):
         raise SettingError(f"--grid {whole!r}: {text!r} is neither a number nor a name")
     return text
@@ -60,6 +60,9 @@ def grid_points(
     grid: dict[str, list[Any]],
 ) -> list[tuple[dict[str, Any], SampledImages]]:
     """Every combination of the grid's settings, with what it samples. Raises SettingError for one out of bounds."""
+    chosen_twice = [name for name in grid if name in settings or (name == "sampler" and sampler)]
+    if chosen_twice:
+        raise SettingError(f"{chosen_twice[0]} is given both by itself and in --grid: leave one out")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     sets = []
     for point in points:

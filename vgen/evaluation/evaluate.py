@@ -46,9 +46,10 @@ class Options:
     cache: Path = field(default_factory=lambda: cache_root() / "features")
 
     def __post_init__(self) -> None:
-        for name in ("neighbours", "subsets", "splits", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        counts = {"neighbours": self.neighbours, "kid-subsets": self.subsets, "splits": self.splits}
+        for name, value in (counts | {"batch-size": self.batch_size}).items():
+            if value < 1:
+                raise SettingError(f"{name} is {value}: it must be at least 1")
         if self.subset_size < 2:
             raise SettingError(f"kid-subset-size is {self.subset_size}: it must be at least 2")
 
@@ -88,6 +89,7 @@ class Judged:
     real: Features | None
     train: Features | None
     layer: str
+    suffix: str = ""  # of the names of its figures
     details: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)  # what the protocol says besides
 
@@ -144,7 +146,8 @@ def _accuracy(judged: Judged) -> dict[str, float]:
     labels = torch.tensor(class_ids(judged.fake.images, judged.extractor))
     right = judged.rows(judged.fake).argmax(1).cpu() == labels
     names = getattr(judged.extractor, "class_names", [])
-    judged.details["accuracy_per_class"] = {
+    judged.notes["classes"] = "by name" if judged.fake.images.label_names and names else "by number"
+    judged.details[f"accuracy_per_class{judged.suffix}"] = {
         names[label] if label < len(names) else str(label): float(right[labels == label].double().mean())
         for label in sorted(set(labels.tolist()))
     }
@@ -232,8 +235,12 @@ class Asked:
         """Name of a figure in the report: fid, kid_std, precision, precision@pixels."""
         whole = part if part in ("precision", "recall") or part.startswith("near") else f"{self.name}_{part}"
         whole = whole if part else self.name
-        suffix = f"@{self.extractor}" if self.metric and self.extractor != self.metric.extractor else ""
-        return whole + suffix
+        return whole + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        """What names another network than the metric's own."""
+        return f"@{self.extractor}" if self.metric and self.extractor != self.metric.extractor else ""
 
 
 def parse_metrics(text: str, reconstructed: bool = False) -> list[Asked]:
@@ -301,8 +308,9 @@ class Evaluator:
         self.warnings += train.warnings if train else []
         for item in self.asked:
             self._check(item)
-        self.real = self._extract_all(reference.images if reference else None, self._needs_real)
-        self.learnt = self._extract_all(train, lambda item: item.name == "memorization")
+        self.real: Features | None = None
+        self.learnt: Features | None = None
+        self.extracted = False  # the reference's and the training images' features
 
     def _check(self, item: Asked) -> None:
         """Raise SettingError for what cannot be computed, before hours of work."""
@@ -352,6 +360,10 @@ class Evaluator:
     def run(self, images: ImageSet) -> Report | None:
         """Extract and judge one set of images; the report comes from the main process, the others return None."""
         self._check_images(images)
+        if not self.extracted:
+            self.real = self._extract_all(self.reference.images if self.reference else None, self._needs_real)
+            self.learnt = self._extract_all(self.train, lambda item: item.name == "memorization")
+            self.extracted = True
         fake = extract(images, self._wanted(self.asked), self.store, self.options.batch_size)
         if not processes().is_main_process:
             return None
@@ -363,7 +375,7 @@ class Evaluator:
             extractor = self.extractors[item.extractor]
             file = self.reference.statistics if self.reference and self._has_moments(item) else None
             sets = (self.real, self.learnt)
-            judged = Judged(fake, extractor, self.options, file, *sets, item.metric.layer, report.details)
+            judged = Judged(fake, extractor, self.options, file, *sets, item.metric.layer, item.suffix, report.details)
             figures = item.metric.compute(judged)
             protocol = self._protocol(item, extractor) | judged.notes
             for part, value in figures.items():
@@ -435,6 +447,8 @@ class Evaluator:
         elif of_inception and len(fake) < TRUSTED:
             hint = "" if "kid" in names else "; read KID too"
             found.append(f"FID of {len(fake)} images is biased upward: compare it at equal N only{hint}")
+        if of_inception and self.real is not None and len(self.real) < FULL_RANK:
+            found.append(f"the reference has {len(self.real)} images, fewer than {FULL_RANK}: FID is far too high")
         counts = set(Counter(images.labels or []).values())
         if len(counts) > 1:
             found.append(f"unequal classes: from {min(counts)} to {max(counts)} images")

@@ -148,7 +148,7 @@ class FileImages:
         self.facts, self.warnings = _facts(name, self.entries, [header for _, header in whole])
         if broken:
             self.facts["broken"] = [entry.name for entry, _ in broken]
-            self.warnings.append(f"{len(broken)} broken files were left out of {name}, first {broken[0][0].name}")
+            self.warnings.append(f"broken files left out of {name}: {len(broken)}, first {broken[0][0].name}")
 
     def __len__(self) -> int:
         return len(self.entries)

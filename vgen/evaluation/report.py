@@ -77,7 +77,7 @@ class Report:
 
 def _source(role: str, name: str, number: Any, digest: str) -> str:
     count = "" if number is None else f" N={number}"
-    return f"{role}={name}{count} sha256:{digest[:12]}"
+    return f"{role}={' '.join(name.split())}{count} sha256:{digest[:12]}"  # a tab or newline would break the line
 
 
 def _per_class(counts: dict[str, int] | None) -> str:

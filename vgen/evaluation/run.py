@@ -26,7 +26,7 @@ from vgen.evaluation.evaluate import (
 from vgen.evaluation.extractors import ExtractorOptions
 from vgen.evaluation.features import processes
 from vgen.evaluation.images import ImageSet, open_images
-from vgen.evaluation.inception import cache_root
+from vgen.evaluation.inception import RESIZES, cache_root
 from vgen.evaluation.report import Report
 from vgen.evaluation.sampled import ReconstructedImages, SampledImages
 from vgen.files import sha256, weight_files
@@ -104,6 +104,10 @@ def run(task: Task, classes: Classes) -> bool:
 
     Raises SettingError for a task that makes no sense.
     """
+    if task.json_file is not None and task.json_file.is_dir():
+        raise SettingError(f"--json {task.json_file} is a folder: name a file")
+    if task.resize not in RESIZES:
+        raise SettingError(f"resize is {task.resize!r}: use one of {', '.join(RESIZES)}")
     if task.metrics and {name.strip() for name in task.metrics.split(",")} & set(VIDEO_METRICS):
         _videos(task)
         return False
@@ -134,8 +138,8 @@ def run(task: Task, classes: Classes) -> bool:
     images = _reconstructed(task, reference) if task.tokenizer else _images(task, folder, classes)
     report = Evaluator(asked, extractors, reference, train, task.options()).run(images)
     if report is not None:
-        _show(report)
         _save(report, task)
+        _show(report)
         if task.nearest_sheet is not None and train is not None:
             save_nearest(report, images, train, task.nearest_sheet)
     return broken or _broken(images)
@@ -219,8 +223,8 @@ def _videos(task: Task) -> None:
     report = video.evaluate_videos(
         videos, reference, names, i3d=task.fvd_weights, device=task.options().extractors.device
     )
-    _show(report)
     _save(report, task)
+    _show(report)
 
 
 def _save(report: Report, task: Task) -> None:

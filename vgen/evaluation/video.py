@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from vgen import __version__
-from vgen.data import to_model_range
+from vgen.data import SUFFIXES, to_model_range
 from vgen.evaluation.evaluate import VIDEO_METRICS
 from vgen.evaluation.images import UNREADABLE, ArrayMember, is_out_of_memory
 from vgen.evaluation.metrics import Moments, check_ssim, frechet_distance, per_image_error
@@ -79,11 +79,15 @@ class FileVideos:
         self.name = name
         inside = sorted(path for path in folder.iterdir() if path.name[0] != ".")
         folders = [path for path in inside if path.is_dir()]
-        self.videos = folders or [path for path in inside if path.suffix.lower() in ANIMATED]
+        files = [path for path in inside if path.suffix.lower() in ANIMATED]
+        if folders and files:
+            raise SettingError(f"{name} holds both folders of frames and files such as {files[0].name}: separate them")
+        self.videos = folders or files
         self.files = "frames" if folders else "+".join(sorted({path.suffix[1:].lower() for path in self.videos}))
         if not self.videos:
             compressed = [path.name for path in inside if path.suffix.lower() in (".mp4", ".webm", ".avi", ".mov")]
-            hint = f" ({compressed[0]} is compressed with loss, which changes every figure)" if compressed else ""
+            lossy = "is compressed with loss, which changes every figure: write PNG frames"
+            hint = f" ({compressed[0]} {lossy})" if compressed else ""
             raise SettingError(f"no GIF, WebP, APNG or folders of frames in {name}{hint}")
 
     def __len__(self) -> int:
@@ -101,7 +105,10 @@ class FileVideos:
 
     def _frames(self, path: Path) -> Iterator[Image.Image]:
         if path.is_dir():
-            for file in sorted(file for file in path.iterdir() if file.name[0] != ".")[:MAX_FRAMES]:
+            files = [file for file in path.iterdir() if file.name[0] != "." and file.suffix.lower() in SUFFIXES]
+            if len(files) > MAX_FRAMES:
+                raise SettingError(f"{path} has more than {MAX_FRAMES} frames: cut it")
+            for file in sorted(files):
                 with Image.open(file) as image:
                     yield image.convert("RGB")
             return
@@ -187,7 +194,7 @@ def _moments(videos: VideoSet, detector: "I3D", batch_size: int, shape: Sequence
 def _check_shape(video: Tensor, shape: Sequence[int], name: str) -> None:
     if tuple(video.shape) != tuple(shape):
         found, wanted = (f"{s[0]} frames of {s[3]}x{s[2]}" for s in (video.shape, shape))
-        raise SettingError(f"{name} has {found}, but the first video has {wanted}: give videos of one size and length")
+        raise SettingError(f"{name} has {found}, but {wanted} are wanted: give videos of one size and length")
 
 
 class I3D:

@@ -31,19 +31,11 @@ import vgen
 from vgen.batch import plan
 from vgen.data import to_model_range, to_uint8, to_unit_range
 from vgen.evaluation import metrics as math
-from vgen.evaluation.evaluate import (
-    METRICS,
-    Asked,
-    Evaluator,
-    Options,
-    build_extractors,
-    make_statistics,
-    open_reference,
-    parse_metrics,
-)
+from vgen.evaluation.evaluate import Evaluator, build_extractors, make_statistics, open_reference
 from vgen.evaluation.extractors import ClassifierFeatures, ExtractorOptions, Pixels
 from vgen.evaluation.images import open_images
 from vgen.evaluation.inception import NAME
+from vgen.evaluation.judges import METRICS, Asked, Options, parse_metrics
 from vgen.evaluation.sampled import ReconstructedImages, SampledImages
 from vgen.files import sha256
 from vgen.types import SettingError

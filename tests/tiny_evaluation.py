@@ -17,10 +17,11 @@ from vgen import cli
 from vgen.data import to_model_range
 from vgen.evaluation import extractors as networks
 from vgen.evaluation.classifier import ImageClassifier
-from vgen.evaluation.evaluate import Evaluator, Options, Reference, build_extractors, open_reference, parse_metrics
+from vgen.evaluation.evaluate import Evaluator, Reference, build_extractors, open_reference
 from vgen.evaluation.extractors import Extractor, ExtractorOptions
 from vgen.evaluation.images import ImageSet, open_images
 from vgen.evaluation.inception import NAME
+from vgen.evaluation.judges import Options, parse_metrics
 from vgen.evaluation.report import Report
 from vgen.progress import Progress
 

@@ -13,20 +13,17 @@ from vgen.batch import plan
 from vgen.evaluation import video
 from vgen.evaluation.curves import evaluate_grid, grid_points, parse_grid
 from vgen.evaluation.evaluate import (
-    VIDEO_METRICS,
-    Asked,
     Evaluator,
-    Options,
     Reference,
     build_extractors,
     make_statistics,
     open_reference,
-    parse_metrics,
 )
 from vgen.evaluation.extractors import ExtractorOptions
 from vgen.evaluation.features import processes
 from vgen.evaluation.images import ImageSet, open_images
 from vgen.evaluation.inception import RESIZES, cache_root
+from vgen.evaluation.judges import VIDEO_METRICS, Asked, Options, parse_metrics
 from vgen.evaluation.report import Report
 from vgen.evaluation.sampled import ReconstructedImages, SampledImages
 from vgen.files import sha256, weight_files

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgen.evaluation.arrays import ArrayMember, ArrayMissing
 from vgen.evaluation.extractors import Extractor, digest_of
 from vgen.evaluation.features import Features
-from vgen.evaluation.images import ArrayMember, ArrayMissing
 from vgen.evaluation.metrics import Moments
 from vgen.files import atomic_file, sha256
 from vgen.types import SettingError

@@ -512,6 +512,13 @@ def test_memorization_needs_training_images(fake: str, real: str) -> None:
     refused(lambda: judge(fake, "memorization@pixels", real), "training images", "--train")
 
 
+def test_memorization_names_the_training_images_without_a_reference_too(fake: str, train: str) -> None:
+    report = judge(fake, "memorization@pixels", train=train)
+    protocol = report.protocols["nearest_train@pixels"]
+    assert protocol["train"]["name"] == train and len(protocol["train"]["sha256"]) == 64
+    assert "reference" not in protocol and f"train={train} N=" in report.protocol_line("nearest_train@pixels")
+
+
 def test_memorization_beside_a_statistics_file(tmp_path: Path, fake: str, real: str, train: str) -> None:
     make(real, "frechet@pixels", tmp_path / "s.npz")
     report = judge(fake, "frechet@pixels,memorization@pixels", str(tmp_path / "s.npz"), train=train)

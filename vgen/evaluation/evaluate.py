@@ -198,15 +198,14 @@ class Evaluator:
     def _protocol(self, item: Asked, extractor: Extractor) -> dict[str, Any]:
         layer = item.metric.layer if item.metric else "features"
         found: dict[str, Any] = {**extractor_facts(extractor, layer)}
-        if item.metric is None or item.metric.reference == "none" or self.reference is None:
+        if item.metric is None or item.metric.reference == "none":
             return found
-        reference: dict[str, Any] = {"name": self.reference.name}
-        if self._has_moments(item) and self.reference.statistics is not None:
-            reference |= {"n": self.reference.statistics.protocol.get("n"), "sha256": self.reference.statistics.sha256}
+        file = self.reference.statistics if self.reference else None
+        name = self.reference.name if self.reference else ""
+        if self._has_moments(item) and file is not None:
+            found["reference"] = {"name": name, "n": file.protocol.get("n"), "sha256": file.sha256}
         elif self.real is not None:
-            reference |= {"n": len(self.real), "sha256": self.real.content}
-        if "sha256" in reference:
-            found["reference"] = reference
+            found["reference"] = {"name": name, "n": len(self.real), "sha256": self.real.content}
         if item.name == "memorization" and self.learnt is not None:
             found["train"] = {"name": self.learnt.images.name, "n": len(self.learnt), "sha256": self.learnt.content}
         return found

@@ -101,7 +101,7 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
     from vgen import layers
     from vgen.generators.var import VAR
     from vgen.pipelines.next_scale import NextScalePipeline
-    from vgen.tokenizers import multiscale
+    from vgen.tokenizers import backbone
     from vgen.tokenizers.multiscale import MultiScaleVQ
 
     imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -116,7 +116,7 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
         from published_loops import PublishedVAR
 
         layers.ONEDNN_LINEAR = None  # the published code calls torch's own linear layers
-        multiscale.CPU_DECODE_PIXELS = 1 << 62  # and decodes the whole batch at once
+        backbone.CPU_DECODE_PIXELS = 1 << 62  # and decodes the whole batch at once
         tokenizer.to(memory_format=torch.contiguous_format)
         pipeline.generator = PublishedVAR(generator)
     elif job["plan"] == "recomputed":

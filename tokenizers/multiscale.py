@@ -13,11 +13,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from vgen.tokenizers.backbone import Decoder, Encoder, grey
+from vgen.tokenizers.backbone import Decoder, Encoder, decode_in_parts, network_channels
 from vgen.tokenizers.codebook import Codebook, KeepFloat32
 from vgen.types import SettingError
-
-CPU_DECODE_PIXELS = 1 << 16  # decoded at once: four 256x256 images together outgrow the cache and take 20% longer
 
 
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
@@ -92,20 +90,13 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def encode_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] (one channel will do for a grey tokenizer) -> latent (B, C, H, W) float32."""
-        size, channels = self.image_size, self.config["image_channels"]
-        if images.ndim != 4 or images.shape[-2:] != (size, size) or images.shape[1] not in (3, channels):
-            raise SettingError(
-                f"images have shape {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size}): resize or crop"
-            )
-        images = grey(images) if channels == 1 and images.shape[1] == 3 else images
+        images = network_channels(images, self.image_size, self.config["image_channels"])
         weight = self.quant_conv.weight
         return self.quant_conv(self.encoder(images.to(weight.device, weight.dtype))).float()
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) -> images (B, 3, S, S) float32, clamped to [-1, 1]."""
-        rows = max(1, CPU_DECODE_PIXELS // self.image_size**2) if latent.device.type == "cpu" else max(1, len(latent))
-        images = torch.cat([self.reconstruct(part) for part in latent.split(rows)])
-        return images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
+        return decode_in_parts(self.reconstruct, latent, self.image_size)
 
     def reconstruct(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) -> images in the network's own channels, dtype and range: what training compares."""

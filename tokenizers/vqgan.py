@@ -13,11 +13,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from vgen.tokenizers.backbone import Upsample, grey
+from vgen.tokenizers.backbone import Upsample, decode_in_parts, network_channels
 from vgen.tokenizers.codebook import Codebook
 from vgen.types import SettingError
-
-CPU_DECODE_PIXELS = 1 << 16  # decoded at once, as for the multi-scale tokenizer
 
 
 class ResBlock(nn.Module):
@@ -154,12 +152,7 @@ class VQGAN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def encode_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] (one channel will do for a grey tokenizer) -> (B, C, side, side) float32."""
-        size, channels = self.image_size, self.config["image_channels"]
-        if images.ndim != 4 or images.shape[-2:] != (size, size) or images.shape[1] not in (3, channels):
-            raise SettingError(
-                f"images have shape {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size}): resize or crop"
-            )
-        images = grey(images) if channels == 1 and images.shape[1] == 3 else images
+        images = network_channels(images, self.image_size, self.config["image_channels"])
         weight = self.encoder.conv_in.weight
         return self.encoder((images.to(weight.device, weight.dtype) + 1) / 2).float()  # published range: [0, 1]
 
@@ -169,9 +162,7 @@ class VQGAN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Latent (B, C, side, side) -> images (B, 3, S, S) float32, clamped to [-1, 1]."""
-        rows = max(1, CPU_DECODE_PIXELS // self.image_size**2) if latent.device.type == "cpu" else max(1, len(latent))
-        images = torch.cat([self.reconstruct(part) for part in latent.split(rows)])
-        return images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
+        return decode_in_parts(self.reconstruct, latent, self.image_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

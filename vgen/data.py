@@ -180,6 +180,12 @@ def spread(number: int, count: int) -> list[int]:
     return torch.linspace(0, number - 1, min(number, count)).round().long().tolist()
 
 
+def flip_at_random(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images (B, C, H, W), each mirrored with probability one half."""
+    flipped = torch.from_numpy(rng.random(len(images)) < 0.5)
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
 def to_model_range(pixels: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]."""
     return pixels.float().div(127.5).sub(1)

@@ -16,7 +16,7 @@ from vgen import hub
 from vgen.data import to_model_range
 from vgen.evaluation.classifier import ImageClassifier
 from vgen.evaluation.inception import Inception, find_weights
-from vgen.files import sha256, weight_files
+from vgen.files import hash_tensors, sha256, weight_files
 from vgen.types import SettingError
 
 INCEPTION, CLASSIFIER = "inception", "fashion-classifier"
@@ -140,9 +140,7 @@ class Custom:
         digest = hashlib.sha256(path.encode())
         if isinstance(self.function, nn.Module):
             self.function.eval().requires_grad_(False).to(options.device)
-            for key, tensor in self.function.state_dict().items():
-                values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(key.encode() + values.numpy().tobytes())
+            hash_tensors(digest, self.function.state_dict())
         digest.update(Path(source).read_bytes() if source else b"")
         self.digest = digest.hexdigest()
         self.protocol = {"dtype": "float32"}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vgen.files import read_tensors, sha256
+from vgen.files import hash_tensors, read_tensors, sha256
 from vgen.layers import linear
 from vgen.types import CheckpointError, SettingError
 
@@ -91,11 +91,11 @@ class Inception(nn.Module):
             raise SettingError(f"resize is {resize!r}: use one of {', '.join(RESIZES)}")
         tensors = _read(weights)
         classifies = bool(tensors["fc.weight"].any())
-        trunk = _digest((name, tensor) for name, tensor in tensors.items() if name[:3] != "fc.")
+        trunk = _digest({name: tensor for name, tensor in tensors.items() if name[:3] != "fc."})
         known = trunk == TRUNK_SHA256 or sha256(weights).startswith("6726825d")
         self.name = NAME if known else "inception-unknown"
         self.digest = trunk  # the same whether or not the file has the layer that only the logits need
-        self.layer_digests = {"logits": _digest(tensors.items())} if classifies else {}
+        self.layer_digests = {"logits": _digest(tensors)} if classifies else {}
         self.layers = ("features", "spatial", "logits")[: 3 if classifies else 2]
         self.resize, self.dtype = resize, dtype
         net = _pool_later(_fuse(_network(tensors)))
@@ -233,10 +233,8 @@ def _pool_later(net: nn.Module) -> nn.Module:
     return net
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named tensors, whatever file they came in."""
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hash of named tensors in single precision."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensor.float().contiguous().numpy().tobytes())
+    hash_tensors(digest, {name: tensor.float() for name, tensor in tensors.items()})
     return digest.hexdigest()

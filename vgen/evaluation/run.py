@@ -118,10 +118,11 @@ def run(task: Task, classes: Classes) -> bool:
     if folder is None and (given := task.of_sampling()):
         raise SettingError(f"{given[0]} is for sampling: name a model, not images")
     _check_outputs(task, asked)
-    extractors = build_extractors(asked, task.options().extractors)  # before files are checked: that may take long
+    options = task.options()
+    extractors = build_extractors(asked, options.extractors)  # before files are checked: that may take long
     if task.save_statistics is not None:
         images = _images(task, folder, classes)
-        make_statistics(images, asked, extractors, task.save_statistics, task.options())
+        make_statistics(images, asked, extractors, task.save_statistics, options)
         _warn(*images.warnings)
         _print(task.save_statistics)
         return _broken(images)
@@ -130,10 +131,10 @@ def run(task: Task, classes: Classes) -> bool:
     train = task.open(task.train) if task.train else None
     broken = _broken(train, reference.images if reference else None)
     if task.grid:
-        _curve(task, points, Evaluator(asked, extractors, reference, train, task.options()))
+        _curve(task, points, Evaluator(asked, extractors, reference, train, options))
         return broken
     images = _reconstructed(task, reference) if task.tokenizer else _images(task, folder, classes)
-    report = Evaluator(asked, extractors, reference, train, task.options()).run(images)
+    report = Evaluator(asked, extractors, reference, train, options).run(images)
     if report is not None:
         _save(report, task)
         _show(report)

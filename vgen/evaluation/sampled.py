@@ -10,7 +10,7 @@ import torch
 from vgen import __version__
 from vgen.batch import Item
 from vgen.data import to_model_range, to_uint8, to_unit_range
-from vgen.evaluation.images import Batch, ImageSet, image_digests, is_out_of_memory, sampling_facts
+from vgen.evaluation.images import Batch, ImageSet, image_digests, is_out_of_memory, pixel_bytes, sampling_facts
 from vgen.evaluation.metrics import per_image_error
 from vgen.types import SettingError
 
@@ -122,8 +122,8 @@ class ReconstructedImages:
     def identity(self, start: int, stop: int) -> str | None:
         place = {name: value for name, value in self.facts["sampling"].items() if name in ("dtype", "device")}
         known = [str(place), self.digest, __version__]
-        pixels = self.originals.read(start, stop).pixels.contiguous().numpy().tobytes()
-        return hashlib.sha256("".join(known).encode() + pixels).hexdigest()
+        pixels = self.originals.read(start, stop).pixels
+        return hashlib.sha256("".join(known).encode() + pixel_bytes(pixels)).hexdigest()
 
     def describe(self, index: int) -> str:
         return f"the reconstruction of {self.originals.describe(index)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from vgen import __version__
 from vgen.data import SUFFIXES, to_model_range
 from vgen.evaluation.arrays import ArrayMember
-from vgen.evaluation.images import UNREADABLE, is_out_of_memory
+from vgen.evaluation.images import UNREADABLE, is_out_of_memory, pixel_bytes
 from vgen.evaluation.judges import VIDEO_METRICS
 from vgen.evaluation.metrics import Moments, check_ssim, frechet_distance, per_image_error
 from vgen.evaluation.report import Report
@@ -246,5 +246,5 @@ def _content(videos: VideoSet) -> str:
     digest = hashlib.sha256()
     for index in range(len(videos)):
         video = videos.read(index)
-        digest.update(f"{list(video.shape)}".encode() + video.contiguous().numpy().tobytes())
+        digest.update(f"{list(video.shape)}".encode() + pixel_bytes(video))
     return digest.hexdigest()

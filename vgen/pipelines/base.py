@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vgen import __version__
 from vgen.data import to_uint8
-from vgen.files import sha256, weight_files
+from vgen.files import hash_tensors, sha256, weight_files
 from vgen.media import to_pil
 from vgen.rng import BatchStream, SampleStreams
 from vgen.types import Output, Request, Rng, SettingError, Step
@@ -192,9 +192,7 @@ class Pipeline(DiffusionPipeline):
     def _hash_tensors(self) -> str:
         digest = hashlib.sha256()
         for module in (self.tokenizer, self.generator):
-            for name, tensor in sorted(module.state_dict().items() if module is not None else []):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            hash_tensors(digest, module.state_dict() if module is not None else {})
         return digest.hexdigest()
 
     def check_tokenizer(self) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import open_source, spread, to_model_range, to_uint8, to_unit_range
+from vgen.data import flip_at_random, open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.evaluation.classifier import ImageClassifier
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.training.config import TrainingConfig
@@ -34,8 +34,7 @@ class ClassifierTask:
         images = to_model_range(self.source.images(indices.tolist(), crop_seed=seed))
         rng = np.random.default_rng(seed)
         if self.config.flip:
-            flipped = torch.from_numpy(rng.random(len(images)) < 0.5)
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            images = flip_at_random(images, rng)
         size, shifts = images.shape[-1], rng.integers(0, 2 * MAX_SHIFT + 1, (len(images), 2))
         padded = F.pad(images, [MAX_SHIFT] * 4, value=-1)
         images = torch.stack([x[:, top : top + size, left : left + size] for x, (top, left) in zip(padded, shifts)])  # noqa: B905
@@ -64,11 +63,13 @@ class ClassifierTask:
 
     def picture(self) -> Image.Image:
         """Held-out images that it takes for another class."""
-        images = to_model_range(self.held_out.images(spread(self._held_out(), 2000)))
-        labels = self.held_out.labels[spread(self._held_out(), 2000)]
+        indices = spread(self._held_out(), 2000)
+        images, labels = to_model_range(self.held_out.images(indices)), self.held_out.labels[indices]
         wrong = images[self.model(images).argmax(1).cpu() != labels][:64]
         wrong = wrong if len(wrong) else images[:1]
-        return contact_sheet(to_pil(to_uint8(to_unit_range(wrong.expand(-1, 3, -1, -1)))), 16, sheet_zoom(28))
+        return contact_sheet(
+            to_pil(to_uint8(to_unit_range(wrong.expand(-1, 3, -1, -1)))), 16, sheet_zoom(images.shape[-1])
+        )
 
     def export(self, folder: Path, card: str) -> None:
         torch.nn.Module.half(self.model)

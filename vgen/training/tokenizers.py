@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import open_source, spread, to_model_range, to_uint8, to_unit_range
+from vgen.data import flip_at_random, open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
@@ -39,8 +39,7 @@ class TokenizerTask:
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor]:
         images = to_model_range(self.source.images(indices.tolist(), crop_seed=seed))
         if self.config.flip:
-            flipped = torch.from_numpy(np.random.default_rng(seed).random(len(images)) < 0.5)
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            images = flip_at_random(images, np.random.default_rng(seed))
         return (images.contiguous(memory_format=torch.channels_last),)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,10 +1,12 @@
 """From logits to tokens: guidance, truncation and the exponential race. Pure functions of tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale * (cond - uncond); 1 is off.
 
     Written as scale * cond + (1 - scale) * uncond, whose rounding is that of VAR's published (1 + t) cond - t uncond.
@@ -21,11 +23,30 @@ def guidance_at(scale: float, schedule: str, index: int, total: int) -> float:
     raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
 
 
-def temper(logits: Tensor, temperature: float) -> Tensor:
-    """Logits at a temperature, (..., V) -> (..., V): 1 is off, 0 leaves the largest alone."""
-    if temperature == 1:
+def share_guidance(
+    scale: float, schedule: str, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], float | Tensor]:
+    """Guidance of masked families: "constant", or "linear" in the share (B,) of tokens known, from 1 up to `scale`.
+
+    The share is that after the step, as in MAR (2406.11838); gives (B, 1, 1), or a number where it is the same.
+    """
+    if schedule == "constant" or scale == 1:
+        return lambda share: scale
+    if schedule == "linear":
+        return lambda share: (1 + (scale - 1) * share.float()).to(device)[:, None, None]
+    raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
+
+
+def temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits at a temperature, (..., V) -> (..., V): 1 is off, 0 leaves the largest alone.
+
+    A tensor gives each row a temperature of its own and must broadcast against the logits.
+    """
+    if not isinstance(temperature, Tensor) and temperature == 1:
         return logits
     below = logits - logits.amax(-1, keepdim=True)  # the largest is made 0 first, lest a tiny temperature overflow
+    if isinstance(temperature, Tensor):
+        return below / temperature.clamp_min(torch.finfo(below.dtype).tiny)
     return below / temperature if temperature else below.masked_fill(below < 0, -torch.inf)
 
 

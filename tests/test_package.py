@@ -20,6 +20,7 @@ FLOORS = [
     {"vgen.layers", "vgen.tokenizers", "vgen.samplers", "vgen.media"},
     {"vgen.generators"},
     {"vgen.pipelines"},
+    {"vgen.converters"},
     {"vgen.hub", "vgen.conversion"},
     {"vgen.batch", "vgen.inspection"},
     {"vgen.evaluation"},

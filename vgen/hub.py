@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from vgen.generators.masked import MaskedTransformer
 from vgen.generators.var import VAR
+from vgen.pipelines.masked import MaskedPipeline
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
@@ -18,8 +20,8 @@ from vgen.types import CheckpointError, SettingError
 
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
-PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline,)}
-COMPONENTS = (MultiScaleVQ, VQGAN, VAR)
+PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline)}
+COMPONENTS = (MultiScaleVQ, VQGAN, VAR, MaskedTransformer)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

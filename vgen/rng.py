@@ -3,7 +3,7 @@
 Knows nothing of models or samplers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -31,11 +31,19 @@ class SampleStreams:
 
     def exponential(self, shape: Sequence[int], key: int) -> Tensor:
         """Standard exponential noise (B, *shape), float32, row i from stream (seed_i, key)."""
-        uniform = np.empty((len(self.seeds), *shape))
-        for row, seed in zip(uniform, self.seeds, strict=True):
-            np.random.Generator(np.random.Philox(key=[seed, key])).random(out=row)
+        uniform = self._rows(shape, key, np.random.Generator.random)
         # By inversion in float64: in float32 a zero would turn up once in 2^24 draws and win every race.
         return torch.from_numpy(uniform).neg_().log1p_().neg_().float().to(self.device)
+
+    def normal(self, shape: Sequence[int], key: int) -> Tensor:
+        """Standard normal noise (B, *shape), float32, row i from stream (seed_i, key)."""
+        return torch.from_numpy(self._rows(shape, key, np.random.Generator.standard_normal)).float().to(self.device)
+
+    def _rows(self, shape: Sequence[int], key: int, fill: Callable[..., object]) -> np.ndarray:
+        noise = np.empty((len(self.seeds), *shape))
+        for row, seed in zip(noise, self.seeds, strict=True):
+            fill(np.random.Generator(np.random.Philox(key=[seed, key])), out=row)
+        return noise
 
 
 class BatchStream:
@@ -51,3 +59,8 @@ class BatchStream:
         """Standard exponential noise (B, *shape), float32; `key` is ignored: order decides."""
         noise = torch.empty(self.batch, *shape, device=self.generator.device)
         return noise.exponential_(generator=self.generator).to(self.device)
+
+    def normal(self, shape: Sequence[int], key: int) -> Tensor:
+        """Standard normal noise (B, *shape), float32; `key` is ignored."""
+        source = self.generator.device
+        return torch.randn(self.batch, *shape, generator=self.generator, device=source).to(self.device)

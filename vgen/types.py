@@ -27,10 +27,12 @@ class Step:
 
     index: int  # counts from 0
     total: int
-    tokens: Any  # next scale: list over scales of (B, n_k) int64; other families: (B, N) int64
+    tokens: Any  # next scale: list over scales of (B, n_k) int64; others: (B, N) int64, or latents (B, N, C) for MAR
     known: Tensor  # (B, L) bool over all positions of the finished sample, in sampling order
     evaluations: int  # model evaluations so far; guidance's second branch is part of the same one
     latent: Tensor | None = None  # what the tokenizer decodes, where tokens alone do not determine it
+    evaluated: Tensor | None = None  # masked families: (B, L) bool, positions evaluated in this step; None: all
+    time: Tensor | None = None  # masked diffusion: (B,) diffusion time after this step, from 1 down to 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,14 @@ class Rng(Protocol):
     """A source of noise for a batch of B samples."""
 
     def exponential(self, shape: Sequence[int], key: int) -> Tensor:
-        """Standard exponential noise (B, *shape), float32; `key` names the draw within a run."""
+        """Standard exponential noise (B, *shape), float32; `key` names the draw within a run.
+
+        A longer draw of the same key begins with the shorter one: rows need not agree on a length.
+        """
+        ...
+
+    def normal(self, shape: Sequence[int], key: int) -> Tensor:
+        """Standard normal noise (B, *shape), float32, likewise."""
         ...
 
 
@@ -164,4 +173,18 @@ class NextScaleGenerator(Protocol):
 
     def __call__(self, context: Tensor, condition: Any, cache: Any) -> Tensor:
         """Logits (B, n_k, V) float32 of the next scale, given what `read_scale` returned (B, n_k, C)."""
+        ...
+
+
+class MaskedGenerator(Protocol):
+    """What the samplers of masked tokens ask of a generator."""
+
+    def new_cache(self, batch: int) -> Any:
+        """Preallocated keys and values for evaluations of `batch` rows."""
+        ...
+
+    def __call__(
+        self, tokens: Tensor, class_labels: Tensor, positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Logits (B, n, V) float32 of tokens (B, n), masked ones included, at `positions` (B, n), all for None."""
         ...

@@ -4,7 +4,7 @@ Knows nothing of tokenizers or samplers. Besides whole evaluations it makes part
 the keys and values that all others had in the last whole one (ReCAP, 2505.19089).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,8 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         heads: attention heads.
         mlp_ratio: width of the MLPs relative to W.
         dropout: of the embeddings, in training.
+        train_tied_head: the head multiplies by the codes' embeddings; whether that use trains them too. The published
+            model's does not; small models learn far faster when it does.
     """
 
     @register_to_config
@@ -92,6 +94,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         heads: int = 8,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
+        train_tied_head: bool = False,
     ) -> None:
         super().__init__()
         if depth < 1 or depth % 2 == 0:
@@ -106,9 +109,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.class_position = nn.Parameter(torch.zeros(width))
         self.class_norm = nn.LayerNorm(width, eps=1e-6)
         half = depth // 2
-        self.in_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, skip=False) for _ in range(half))
+        ins = [Block(width, heads, mlp_ratio, skip=False) for _ in range(half)]
+        outs = [Block(width, heads, mlp_ratio, skip=True) for _ in range(half)]
+        self.in_blocks: Sequence[Block] = nn.ModuleList(ins)  # type: ignore[assignment]
         self.mid_block = Block(width, heads, mlp_ratio, skip=False)
-        self.out_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, skip=True) for _ in range(half))
+        self.out_blocks: Sequence[Block] = nn.ModuleList(outs)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(width)
         self.head_fc = Linear(width, width)
         self.head_norm = nn.LayerNorm(width)
@@ -147,10 +152,24 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if cache is not None:
             cache.filled = True
         h = self.head_norm(F.gelu(self.head_fc(self.norm(x[:, 1:]))))
-        # The head shares the codes' embeddings, and trains them as embeddings only, as published.
-        return linear(h, self.token_embed.weight.detach(), self.head_bias)[..., : self.mask_token_id].float()
+        codes = self.token_embed.weight if self.config["train_tied_head"] else self.token_embed.weight.detach()
+        return linear(h, codes, self.head_bias)[..., : self.mask_token_id].float()
 
-    def _blocks(self) -> Iterator[tuple[nn.Module, str]]:
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise for training: normal with std 0.02, what joins the residual stream scaled down by depth."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for table in (self.position, self.class_position):
+            nn.init.trunc_normal_(table, std=0.02)
+        for block, _ in self._blocks():
+            for joining in (block.proj, block.fc2):
+                joining.weight.div_((2 * self.config["depth"]) ** 0.5)
+
+    def _blocks(self) -> Iterator[tuple[Block, str]]:
         yield from ((block, "in") for block in self.in_blocks)
         yield self.mid_block, "mid"
         yield from ((block, "out") for block in self.out_blocks)

@@ -1,5 +1,6 @@
 """What all pipelines share: class labels, seeds, output formats, and the request that repeats a run."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -8,10 +9,10 @@ import re
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from vgen import __version__
 from vgen.data import to_uint8
 from vgen.files import hash_tensors, sha256, weight_files
 from vgen.media import to_pil
+from vgen.pipelines.editing import composite, to_mask, to_pixels
 from vgen.rng import BatchStream, SampleStreams
 from vgen.types import Output, Request, Rng, SettingError, Step
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SettingsType = TypeVar("SettingsType")
 Labels = int | str | Sequence[int | str] | Tensor | np.ndarray | None
 
 
@@ -48,8 +51,19 @@ class Pipeline(DiffusionPipeline):
         """A Step, or tokens -> images (B, 3, H, W) float32 in [0, 1]."""
 
     @abstractmethod
-    def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
         """All sampling settings with their defaults filled in. Raises SettingError for one that is out of bounds."""
+
+    @abstractmethod
+    def begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        """The steps that repaint images (B, 3, S, S) uint8 where `painted` (S, S), and their noise."""
+
+    @property
+    @abstractmethod
+    def token_pixels(self) -> int:
+        """Side of a token in pixels."""
 
     # ---- calling
 
@@ -64,12 +78,16 @@ class Pipeline(DiffusionPipeline):
         for step in steps:
             last = step
         return Output(
-            images=last.latent if output_type == "latent" else self.render(self.decode_floats(last), output_type),
+            images=self.latent(last) if output_type == "latent" else self.render(self.decode_floats(last), output_type),
             tokens=last.tokens,
             evaluations=last.evaluations,
             seconds=time.monotonic() - began,
             seeds=getattr(rng, "seeds", None),
         )
+
+    def latent(self, step: Step) -> Any:
+        """What output_type "latent" gives."""
+        return step.latent
 
     @staticmethod
     def render(images: Tensor, output_type: str) -> Any:
@@ -77,6 +95,51 @@ class Pipeline(DiffusionPipeline):
         if output_type == "pil":
             return to_pil(to_uint8(images))
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    # ---- editing
+
+    @torch.no_grad()
+    def edit(
+        self, image: Any, mask: Any, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any
+    ) -> Output:
+        """Repaint the masked part of an image: in-painting, out-painting, or a change of class inside the mask.
+
+        Tokens none of whose pixels are painted are kept: dictated at every scale against what has been generated so
+        far (next scale), or given from the start (masked families). Pixels outside the mask come back exactly; the
+        seam is feathered inside it over half a token.
+
+        Args:
+            image: a PIL image, an (S, S, 3) array or a (B, 3, S, S) or (3, S, S) tensor; floats in [0, 1], or uint8.
+            mask: (S, S) in any of these forms: nonzero (white) is repainted, zero is kept.
+            class_labels: what to paint; None paints without a class.
+            settings: those of the call. One image with several seeds or labels gives as many versions.
+        """
+        check_output_type(output_type)
+        if output_type == "latent":
+            raise SettingError("edit composites pixels: output_type must be 'pil', 'np' or 'pt'")
+        original, painted = self._to_edit(image, mask)
+        steps, rng = self.begin_edit(original, painted, class_labels, **settings)
+        output = self.run(steps, rng, "pt")
+        generated = to_uint8(output.images)
+        seam = self.token_pixels // 2
+        blended = composite(original.to(generated.device), generated, painted.to(generated.device), seam)
+        return dataclasses.replace(output, images=self.render(blended / 255, output_type))
+
+    @torch.no_grad()
+    def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """The steps of `edit`, before compositing."""
+        return self.begin_edit(*self._to_edit(image, mask), class_labels, **settings)[0]
+
+    def _to_edit(self, image: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        """An image (B, 3, S, S) uint8 and what is painted over (S, S) bool."""
+        self.check_tokenizer()
+        return to_pixels(image, self.tokenizer.image_size), to_mask(mask, self.tokenizer.image_size)
+
+    @torch.no_grad()
+    def without_gradients(self, steps: Iterator[Step]) -> Iterator[Step]:
+        yield from steps
+
+    # ---- inputs
 
     def inputs(
         self, class_labels: Labels, seeds: Sequence[int] | int | None, generator: torch.Generator | None
@@ -169,7 +232,7 @@ class Pipeline(DiffusionPipeline):
             class_labels=ids,
             seeds=list(seeds),
             sampler=self.resolve_sampler(sampler),
-            settings=self.resolve_settings(settings),
+            settings=self.resolve_settings(settings, sampler),
             vgen=__version__,
             checkpoint=self.checkpoint(),
             dtype=str(self.dtype).removeprefix("torch."),
@@ -196,17 +259,50 @@ class Pipeline(DiffusionPipeline):
         return digest.hexdigest()
 
     def check_tokenizer(self) -> None:
-        """Raise SettingError where this pipeline was built without the tokenizer that sampling reads."""
+        """Raise SettingError where this pipeline was built without its tokenizer."""
         if self.tokenizer is None:
-            raise SettingError(
-                "this pipeline has no tokenizer, whose codes the generator reads at every scale: convert it again "
-                "with tokenizer="
-            )
+            raise SettingError("this pipeline has no tokenizer, which this needs: convert it again with tokenizer=")
 
 
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def build_settings(
+    kind: type[SettingsType],
+    given: dict[str, Any],
+    bounds: dict[str, tuple[float, float]],
+    choices: Mapping[str, Sequence[str]],
+) -> SettingsType:
+    """Sampling settings of a dataclass by keyword, each of its own type and within its bounds.
+
+    `bounds` are of numbers, `choices` of strings; what may be None by its default may be given as None.
+    Raises SettingError naming the value and the bounds.
+    """
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in given if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+        raise SettingError(f"unknown setting {unknown[0]!r}: {hint}")
+    for name, value in given.items():
+        default = known[name].default
+        if value is None and default is None:
+            continue
+        if name in choices:
+            if value not in choices[name]:
+                listed = " or ".join(repr(choice) for choice in choices[name])
+                raise SettingError(f"{name} is {value!r}: use {listed}")
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise SettingError(f"{name} is {value!r}: it must be True or False")
+        else:
+            low, high = bounds[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise SettingError(f"{name} is {value!r}: it must lie in {low}..{high}")
+            if isinstance(low, int) and not isinstance(value, int):
+                raise SettingError(f"{name} is {value!r}: it must be a whole number")
+    return kind(**given)
 
 
 def _plain(values: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.data import to_model_range, to_uint8, to_unit_range
-from vgen.pipelines.base import Labels, Pipeline, check_output_type
-from vgen.pipelines.editing import composite, keep_masks, to_mask, to_pixels
+from vgen.data import to_model_range, to_unit_range
+from vgen.pipelines.base import Labels, Pipeline, build_settings
+from vgen.pipelines.editing import keep_masks
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
 from vgen.types import Output, Rng, SettingError, Step
 
@@ -79,54 +79,16 @@ class NextScalePipeline(Pipeline):
         if images not in (1, len(labels)):
             raise SettingError(f"{images} images but {len(labels)} labels or seeds: give one image, or one for each")
         steps = next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation)
-        return self._without_gradients(steps), rng
+        return self.without_gradients(steps), rng
 
-    @torch.no_grad()
-    def _without_gradients(self, steps: Iterator[Step]) -> Iterator[Step]:
-        yield from steps
-
-    def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
         return dataclasses.asdict(check_settings(settings, self.generator.config["vocab_size"]))
 
-    # ---- editing
-
-    @torch.no_grad()
-    def edit(
-        self, image: Any, mask: Any, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any
-    ) -> Output:
-        """Repaint the masked part of an image: in-painting, out-painting, or a change of class inside the mask.
-
-        Kept cells are dictated at every scale, requantised against what has been generated so far (closed loop), so
-        that generated content does not leak into them. Pixels outside the mask come back exactly; the seam is
-        feathered inside it over half a token.
-
-        Args:
-            image: a PIL image, an (S, S, 3) array or a (B, 3, S, S) or (3, S, S) tensor; floats in [0, 1], or uint8.
-            mask: (S, S) in any of these forms: nonzero (white) is repainted, zero is kept.
-            class_labels: what to paint; None paints without a class.
-            settings: those of the call. One image with several seeds or labels gives as many versions.
-        """
-        check_output_type(output_type)
-        if output_type == "latent":
-            raise SettingError("edit composites pixels: output_type must be 'pil', 'np' or 'pt'")
-        steps, rng, original, painted = self._begin_edit(image, mask, class_labels, **settings)
-        output = self.run(steps, rng, "pt")
-        generated = to_uint8(output.images)
-        token = self.tokenizer.image_size // self.tokenizer.scales[-1]
-        blended = composite(original.to(generated.device), generated, painted.to(generated.device), token // 2)
-        return dataclasses.replace(output, images=self.render(blended / 255, output_type))
-
-    def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
-        """The steps of `edit`, before compositing."""
-        return self._begin_edit(image, mask, class_labels, **settings)[0]
-
-    @torch.no_grad()
-    def _begin_edit(
-        self, image: Any, mask: Any, class_labels: Labels, **settings: Any
-    ) -> tuple[Iterator[Step], Rng, Tensor, Tensor]:
-        """The steps and their noise, the image (B, 3, S, S) uint8 and what is painted over (S, S) bool."""
-        self.check_tokenizer()
-        original, painted = to_pixels(image, self.tokenizer.image_size), to_mask(mask, self.tokenizer.image_size)
+    def begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        """Kept cells are requantised against what has been generated so far (closed loop), so that generated content
+        does not leak into them."""
         source = self.tokenizer.encode_latent(to_model_range(original))
         keep = keep_masks(painted, self.tokenizer.scales)
 
@@ -134,8 +96,11 @@ class NextScalePipeline(Pipeline):
             given = self.tokenizer.quantize_scale(source - latent, scale)
             return keep[scale].to(given.device).expand(len(given), -1), given
 
-        steps, rng = self._begin(class_labels, dictation=dictate, images=len(original), **settings)
-        return steps, rng, original, painted
+        return self._begin(class_labels, dictation=dictate, images=len(original), **settings)
+
+    @property
+    def token_pixels(self) -> int:
+        return self.tokenizer.image_size // self.tokenizer.scales[-1]
 
     @torch.no_grad()
     def decode_floats(self, step: Step | Sequence[Tensor]) -> Tensor:
@@ -158,26 +123,10 @@ class NextScalePipeline(Pipeline):
 
 def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettings:
     """Sampling settings by keyword, each within its bounds. Raises SettingError naming the value and the bounds."""
-    try:
-        chosen = NextScaleSettings(**settings)
-    except TypeError as error:
-        known = ", ".join(NextScaleSettings.__dataclass_fields__)
-        unknown = [name for name in settings if name not in NextScaleSettings.__dataclass_fields__]
-        raise SettingError(f"unknown setting {unknown[0]!r}: use {known}") from error
-    bounds = {
+    bounds: dict[str, tuple[float, float]] = {
         "guidance_scale": (0.0, 1000.0),
         "top_k": (0, vocab_size),
         "top_p": (0.0, 1.0),
         "temperature": (0.0, 1000.0),
     }
-    for name, (low, high) in bounds.items():
-        value = getattr(chosen, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise SettingError(f"{name} is {value!r}: it must lie in {low}..{high}")
-    if not isinstance(chosen.more_smooth, bool):
-        raise SettingError(f"more_smooth is {chosen.more_smooth!r}: it must be True or False")
-    if not isinstance(chosen.top_k, int):
-        raise SettingError(f"top_k is {chosen.top_k!r}: it must be a whole number")
-    if chosen.guidance_schedule not in ("constant", "linear"):
-        raise SettingError(f"guidance_schedule is {chosen.guidance_schedule!r}: use 'constant' or 'linear'")
-    return chosen
+    return build_settings(NextScaleSettings, settings, bounds, {"guidance_schedule": ("constant", "linear")})

@@ -23,7 +23,7 @@ class TrainingConfig:
     name: str
     data: str  # "fashion-mnist", "mnist" or a folder of class folders
     data_root: str | None = None
-    family: str  # "multiscale" or "vqgan" for tokenizers; "var" for generators; "convnet" for classifiers
+    family: str  # "multiscale" or "vqgan" for tokenizers; "var" or "masked" for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
     tokenizer: str | None = None  # folder of the trained tokenizer, for generators
     image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on
@@ -47,6 +47,8 @@ class TrainingConfig:
     workers: int = 0
 
     label_dropout: float = 0.1  # generators
+    mask_law: str = "uniform"  # masked generators: of the number of masked tokens; or "cosine", "beta"
+    mask_weight: str = "1/t"  # masked generators: of a masked token's loss; or "uniform"
     classifier: str | None = None  # generators: judges samples at every evaluation; a bundled one, or a folder
     score_samples: int = 500  # generators: how many; compare runs at equal numbers only
     commitment: float = 0.25  # tokenizers
@@ -60,6 +62,7 @@ class TrainingConfig:
     save_every: int = 500
     keep: int = 2
     sample_guidance: float = 2.5
+    sample_settings: dict[str, Any] = field(default_factory=dict)  # masked generators: become the model's defaults
     license: str = "apache-2.0"
     notes: str = ""  # a paragraph for the model card
 
@@ -69,6 +72,8 @@ class TrainingConfig:
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear"),
             "precision": ("no", "fp16", "bf16"),
+            "mask_law": ("uniform", "cosine", "beta"),
+            "mask_weight": ("1/t", "uniform"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

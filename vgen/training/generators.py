@@ -1,58 +1,87 @@
-"""Training a generator on a tokenizer's tokens, which are computed once and kept on disk."""
+"""What training any generator shares: a tokenizer's tokens, computed once and kept on disk, and figures of samples."""
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
 from vgen.evaluation.quick import QuickJudge
 from vgen.files import atomic_file, sha256, weight_files
-from vgen.generators.var import VAR
+from vgen.hub import load_component
 from vgen.media import contact_sheet, sheet_zoom
-from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.progress import progress
-from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
 from vgen.types import SettingError
 
-FAMILIES = {"var": VAR}
-HELD_OUT = 2000
+HELD_OUT = 2000  # test images that evaluation uses
+EVALUATION_BATCH = 250
 
 
-class GeneratorTask:
-    """A next-scale generator and the tokens it learns from (vgen.training.trainer.Task)."""
+class GeneratorTask(ABC):
+    """A generator and the tokens it learns from (vgen.training.trainer.Task). Families subclass this."""
+
+    model_class: Any
+    tokenizer_class: Any
+    init_settings: Mapping[str, str] = {}  # settings under `model` that are arguments of `init_weights`, and which
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
-        self.tokenizer = MultiScaleVQ.from_pretrained(self.tokenizer_folder).eval().requires_grad_(False)
+        self.tokenizer = load_component(self.tokenizer_class, self.tokenizer_folder, torch.float32)
+        self.tokenizer.requires_grad_(False)
         size, channels = self.tokenizer.image_size, self.tokenizer.config["image_channels"]
         train = open_source(config.data, "train", size, channels, config.data_root)
         test = open_source(config.data, "test", size, channels, config.data_root)
         self.class_names = train.class_names
         self.model = build_model(
-            FAMILIES,
+            {config.family: self.model_class},
             config,
-            without=["init_gate"],
-            scales=self.tokenizer.scales,
-            vocab_size=self.tokenizer.config["vocab_size"],
-            code_dim=self.tokenizer.config["code_dim"],
+            without=list(self.init_settings),
+            **self.decided(),
             num_classes=len(self.class_names),
         )
-        self.model.init_weights(**({"gate": config.model["init_gate"]} if "init_gate" in config.model else {}))
-        self.lengths = [side * side for side in self.tokenizer.scales]
+        given = {theirs: config.model[name] for name, theirs in self.init_settings.items() if name in config.model}
+        self.model.init_weights(**given)
         self.labels, self.tokens = self._tokens(train, "train", 2 if config.flip else 1, config.crops)
         self.test_labels, self.test_tokens = self._tokens(test, "test", 1, 1)
         self.num_examples = len(self.tokens)
         self.judge = QuickJudge(config.classifier, test) if config.classifier else None
+
+    # ---- what families provide
+
+    @abstractmethod
+    def decided(self) -> dict[str, Any]:
+        """Settings of the model that the tokenizer decides."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] -> their tokens (B, L)."""
+
+    @abstractmethod
+    def training_loss(
+        self, model: nn.Module, tokens: Tensor, labels: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over tokens (B, L) with classes (B,), and figures to log."""
+
+    @abstractmethod
+    def test_losses(self, tokens: Tensor, labels: Tensor, first: int) -> dict[str, Tensor]:
+        """Figures (B,) of test tokens (B, L), to be averaged; `first` is the number of the first of them."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The pipeline of tokenizer and model."""
+
+    # ---- what the trainer asks for
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(self.tokens[indices].astype(np.int64))
@@ -64,38 +93,29 @@ class GeneratorTask:
         tokens, labels = batch
         dropped = torch.rand(len(labels), generator=rng) < self.config.label_dropout
         labels = labels.masked_fill(dropped.to(labels.device), self.model.null_class)
-        logits = model(self._context(tokens), labels)
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
+        return self.training_loss(model, tokens, labels, rng)
 
-    def _context(self, tokens: Tensor) -> Tensor:
-        if self.tokenizer.device != tokens.device:
-            self.tokenizer.to(tokens.device)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return self.tokenizer.context(tokens.split(self.lengths, dim=1))
-
-    def after_step(self, step: int, rng: torch.Generator) -> None:
-        pass
+    def after_step(self, step: int, rng: torch.Generator) -> None:  # noqa: B027
+        """Nothing follows a step."""
 
     def evaluate(self) -> dict[str, float]:
-        """Cross-entropy per token on test images, labels given; the last scale's apart, as VAR's "tail".
+        """The family's figures on test images, labels given.
 
         With a classifier, also how many of its samples show their class and how far their features are from the real.
         """
-        losses, indices = [], spread(len(self.test_tokens), HELD_OUT)
-        for start in range(0, len(indices), 250):
-            rows = indices[start : start + 250]
+        found: dict[str, list[Tensor]] = {}
+        indices = spread(len(self.test_tokens), HELD_OUT)
+        for start in range(0, len(indices), EVALUATION_BATCH):
+            rows = indices[start : start + EVALUATION_BATCH]
             tokens = torch.from_numpy(self.test_tokens[rows].astype(np.int64)).to(self.model.device)
-            logits = self.model(self._context(tokens), self.test_labels[rows].to(self.model.device))
-            losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape))
-        loss = torch.cat(losses)
-        figures = {"test_loss": float(loss.mean()), "test_loss_tail": float(loss[:, -self.lengths[-1] :].mean())}
+            losses = self.test_losses(tokens, self.test_labels[rows].to(self.model.device), start)
+            for name, values in losses.items():
+                found.setdefault(name, []).append(values)
+        figures = {name: float(torch.cat(values).mean()) for name, values in found.items()}
         if self.judge is None:
             return figures
         settings = {"guidance_scale": self.config.sample_guidance}
         return figures | self.judge(self.pipeline(), self.config.score_samples, **settings)
-
-    def pipeline(self) -> NextScalePipeline:
-        return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))
 
     def picture(self) -> Image.Image:
         """One column per class (the first sixteen), eight samples each, always of the same seeds."""
@@ -127,10 +147,10 @@ class GeneratorTask:
         key = hashlib.sha256(f"{coder} {source.fingerprint()} {copies} {crops}".encode()).hexdigest()[:16]
         path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
         if not path.exists():
-            lengths = sum(side * side for side in tokenizer.scales)
             dtype = np.uint16 if tokenizer.config["vocab_size"] <= 1 << 16 else np.int32
             with atomic_file(path) as partial:
-                shape = (copies * crops * len(source.labels), lengths)
+                blank = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size)
+                shape = (copies * crops * len(source.labels), self.encode(blank).shape[1])
                 stored = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
                 if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file kills the process
                     with partial.open("r+b") as file:
@@ -150,7 +170,7 @@ class GeneratorTask:
                     indices = range(start, min(start + size, number))
                     images = to_model_range(source.images(indices, crop_seed=crop or None)).to(device)
                     for copy in range(copies):
-                        tokens = torch.cat(self.tokenizer.encode(images.flip(-1) if copy else images), dim=1)
+                        tokens = self.encode(images.flip(-1) if copy else images)
                         first = (copy * crops + crop) * number + start
                         stored[first : first + len(tokens)] = tokens.cpu().numpy()
                         shown.advance(len(tokens))

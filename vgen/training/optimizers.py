@@ -1,5 +1,7 @@
 """Which optimizer serves which parameters."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or any(word in name for word in ("embed.weight", "position", "codebook", "table")):
             plain.append(parameter)
-        elif config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2:
+        elif config.optimizer == "muon" and re.match(r"(in_|mid_|out_)?blocks?\.", name) and parameter.ndim == 2:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

@@ -41,6 +41,10 @@ def build_task(config: TrainingConfig) -> Task:
         from vgen.training.classifiers import ClassifierTask
 
         return ClassifierTask(config)
-    from vgen.training.generators import GeneratorTask
+    from vgen.training.masked import MaskedTask
+    from vgen.training.next_scale import NextScaleTask
 
-    return GeneratorTask(config)
+    families = {"var": NextScaleTask, "masked": MaskedTask}
+    if config.family not in families:
+        raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(families)}")
+    return families[config.family](config)

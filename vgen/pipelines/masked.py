@@ -1,0 +1,267 @@
+"""The pipeline of the families that unmask a grid of tokens: MaskGIT, masked diffusion, MAGE."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgen.data import to_model_range, to_unit_range
+from vgen.pipelines.base import Labels, Pipeline, build_settings
+from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
+from vgen.samplers.logits import share_guidance
+from vgen.samplers.masked import (
+    SCHEDULES,
+    MaskedSettings,
+    Plan,
+    by_confidence,
+    by_order,
+    halton_order,
+    random_order,
+    scheduled,
+    token_draw,
+    unmask,
+)
+from vgen.samplers.recap import Evaluations, FeaturePolicy
+from vgen.types import Output, Rng, SettingError, Step
+
+DEFAULT_STEPS = {"maskgit": 12, "halton": 16, "random": 16, "ancestral": 64, "ancestral-categorical": 64}
+DEFAULT_SCHEDULES = {"maskgit": "cosine", "halton": "arccos", "random": "cosine"}
+MAX_TIME_STEPS = 100_000
+# Settings that only some samplers read.
+READERS = {
+    "mask_schedule": ("maskgit", "halton", "random"),
+    "choice_temperature": ("maskgit",),
+    "resample_singletons": ("maskgit",),
+    "temperature_schedule": ("maskgit", "halton", "random", "first-hitting", "ancestral"),
+    "noise_schedule": ("first-hitting", "ancestral", "ancestral-categorical"),
+    "gumbel_bits": ("ancestral-categorical",),
+}
+
+
+class MaskedPipeline(Pipeline):
+    """A single-scale tokenizer and a generator that predicts masked tokens.
+
+    Args:
+        tokenizer: vgen.tokenizers.vqgan.VQGAN, or anything with its interface; None gives tokens only.
+        generator: vgen.generators.masked.MaskedTransformer, or anything with its interface.
+        id2label: class names by id.
+        settings: this model's default sampling settings, fields of MaskedSettings.
+    """
+
+    samplers = ("maskgit", "halton", "random", "first-hitting", "ancestral", "ancestral-categorical")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        generator: Any,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        names = {str(key): value for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, settings=dict(settings or {}))
+        if tokenizer is not None:
+            tokenizer.to(memory_format=torch.channels_last)
+            pairs = {
+                "vocab_size": (tokenizer.config["vocab_size"], generator.config["vocab_size"]),
+                "number of tokens": (tokenizer.num_tokens, generator.config["num_tokens"]),
+            }
+            for name, (ours, theirs) in pairs.items():
+                if ours != theirs:
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+        self._settings({}, None)  # a model with impossible defaults is refused at once
+
+    @torch.no_grad()
+    def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
+        """Sample images.
+
+        Args:
+            class_labels: ids or names, one per image (a single one serves all seeds); None is unconditional.
+            seeds: one whole number per image; image i depends on its own seed alone.
+            generator: one torch.Generator for the whole batch instead.
+            sampler: "maskgit" (confidence), "halton", "random", "first-hitting", "ancestral" (its exact count form) or
+                "ancestral-categorical" (the slow baseline).
+            steps: evaluations; of time for the ancestral samplers. None is the sampler's own number; first-hitting's
+                is one token per evaluation. A run with few masked tokens takes at most one step each.
+            tokens, known: in-painting: given tokens (N,) or (B, N), and which of them are kept, bool, likewise.
+            full_steps, partial_steps: ReCAP: whole evaluations at the start, then partial ones after each whole one.
+            guidance_scale: uncond + s * (cond - uncond); 1 is off.
+            guidance_schedule: "linear" (by the share of tokens known, from 1) or "constant".
+            top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
+            mask_schedule, temperature_schedule, choice_temperature, resample_singletons, noise_schedule, gumbel_bits:
+                see vgen.samplers.masked.MaskedSettings.
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (code vectors
+                (B, C, h, w); without a tokenizer the tokens).
+
+        Raises SettingError (a ValueError) naming the value and the remedy.
+        """
+        if output_type != "latent":
+            self.check_tokenizer()
+        steps, rng = self._begin(class_labels, **settings)
+        return self.run(steps, rng, output_type)
+
+    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they
+        are checked before the first step is asked for."""
+        return self._begin(class_labels, **settings)[0]
+
+    def _begin(
+        self,
+        class_labels: Labels,
+        *,
+        seeds: Sequence[int] | int | None = None,
+        generator: torch.Generator | None = None,
+        sampler: str | None = None,
+        tokens: Any = None,
+        known: Any = None,
+        **settings: Any,
+    ) -> tuple[Iterator[Step], Rng]:
+        chosen, name = self._settings(settings, sampler), self.resolve_sampler(sampler)
+        labels, rng = self.inputs(class_labels, seeds, generator)
+        given, kept = self._given(tokens, known, len(labels))
+        guided = chosen.guidance_scale != 1 and bool((labels != self.null_class).any())
+        evaluations = Evaluations(self.generator, labels, self.null_class, guided)
+        scale_at = share_guidance(chosen.guidance_scale, chosen.guidance_schedule, self.device)
+        if name == "ancestral-categorical":
+            steps = chosen.steps or DEFAULT_STEPS[name]
+            mask = self.generator.mask_token_id
+            loop = ancestral_categorical(evaluations, given, kept, rng, chosen, steps, mask, scale_at)
+            return self.without_gradients(loop), rng
+        plan = self._plan(name, chosen, rng, kept)
+        groups = FeaturePolicy(full_steps=chosen.full_steps, partial_steps=chosen.partial_steps).groups(plan.steps)
+        if name == "maskgit":
+            select = by_confidence(rng, chosen, plan, groups)
+        else:
+            order = halton_order if name == "halton" else random_order
+            select = by_order(order(rng, kept.shape[1]))
+        loop = unmask(evaluations, given, kept, plan, groups, select, token_draw(rng, chosen, plan), scale_at)
+        return self.without_gradients(loop), rng
+
+    def _plan(self, name: str, chosen: MaskedSettings, rng: Rng, known: Tensor) -> Plan:
+        if name == "first-hitting":
+            return first_hitting(rng, known, chosen.steps, chosen.noise_schedule)
+        steps = chosen.steps or DEFAULT_STEPS[name]
+        if name == "ancestral":
+            return ancestral(rng, known, steps, chosen.noise_schedule)
+        steps = min(steps, known.shape[1])  # the sampler's own number may be too large for a small grid
+        return scheduled(known, steps, chosen.mask_schedule or DEFAULT_SCHEDULES[name])
+
+    # ---- settings
+
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
+        return dataclasses.asdict(self._settings(settings, sampler))
+
+    def _settings(self, settings: dict[str, Any], sampler: str | None) -> MaskedSettings:
+        """The model's defaults and the settings given, checked."""
+        name, config = self.resolve_sampler(sampler), self.generator.config
+        defaults = {key: value for key, value in self.config["settings"].items() if name in READERS.get(key, (name,))}
+        if name != self.samplers[0]:
+            defaults.pop("steps", None)  # the model's are its default sampler's
+        bounds: dict[str, tuple[float, float]] = {
+            "guidance_scale": (0.0, 1000.0),
+            "top_k": (0, config["vocab_size"]),
+            "top_p": (0.0, 1.0),
+            "temperature": (0.0, 1000.0),
+            "steps": (1, MAX_TIME_STEPS),
+            "choice_temperature": (0.0, 1000.0),
+            "gumbel_bits": (0, 53),
+            "full_steps": (0, MAX_TIME_STEPS),
+            "partial_steps": (0, MAX_TIME_STEPS),
+        }
+        choices = {
+            "guidance_schedule": ("linear", "constant"),
+            "temperature_schedule": ("constant", "linear", "sqrt"),
+            "mask_schedule": SCHEDULES,
+            "noise_schedule": tuple(MASKED_SHARE),
+        }
+        chosen = build_settings(MaskedSettings, defaults | settings, bounds, choices)
+        self._check_steps(chosen, name)
+        for key, readers in READERS.items():
+            if name not in readers and getattr(chosen, key) != MaskedSettings.__dataclass_fields__[key].default:
+                raise SettingError(f"{key} is of no effect with sampler {name!r}: it is read by {', '.join(readers)}")
+        return chosen
+
+    def _check_steps(self, chosen: MaskedSettings, name: str) -> None:
+        number = self.generator.config["num_tokens"]
+        timed = name.startswith("ancestral")
+        if chosen.steps is not None and chosen.steps > number and not timed:
+            raise SettingError(f"steps is {chosen.steps}, but an image has {number} tokens: take 1..{number} steps")
+        steps = chosen.steps or min(DEFAULT_STEPS.get(name, number), number)
+        if not timed and chosen.full_steps > steps:
+            raise SettingError(f"full_steps is {chosen.full_steps}: it must lie in 0..{steps}, the number of steps")
+        if chosen.partial_steps >= steps and chosen.partial_steps:
+            raise SettingError(
+                f"partial_steps is {chosen.partial_steps}: it must lie in 0..{steps - 1}, below the number of steps"
+            )
+        if name in DEFAULT_SCHEDULES:  # a schedule that reveals nothing at some step
+            scheduled(torch.zeros(1, number, dtype=torch.bool), steps, chosen.mask_schedule or DEFAULT_SCHEDULES[name])
+
+    # ---- given tokens
+
+    def _given(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N) with the mask's id where they are not known, and which are known, (B, N) bool."""
+        number, mask = self.generator.config["num_tokens"], self.generator.mask_token_id
+        if tokens is None and known is None:
+            given = torch.full((batch, number), mask, device=self.device)
+            return given, given != mask
+        if tokens is None or known is None:
+            raise SettingError("tokens and known belong together: give both, or neither")
+        given, kept = torch.as_tensor(tokens, device=self.device), torch.as_tensor(known, device=self.device)
+        for what, value in (("tokens", given), ("known", kept)):
+            if value.shape not in ((number,), (1, number), (batch, number)):
+                expected = f"({number},) or ({batch}, {number})"
+                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {expected}")
+        if kept.dtype != torch.bool:
+            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
+        kept = kept.expand(batch, number)
+        if bool(kept.all(1).any()):
+            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
+        if given.is_floating_point() or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
+            raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
+        return given.long().expand(batch, number).masked_fill(~kept, mask), kept
+
+    def begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        """A token is repainted when any of its pixels is."""
+        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
+        if bool(touched.all()):
+            known = tokens = None
+        else:
+            tokens, known = self.tokenizer.encode(to_model_range(original)), ~touched
+            tokens = tokens[0] if len(tokens) == 1 else tokens
+        return self._begin(class_labels, tokens=tokens, known=known, **settings)
+
+    @property
+    def token_pixels(self) -> int:
+        return self.tokenizer.image_size // self.tokenizer.side
+
+    # ---- looking at tokens
+
+    @torch.no_grad()
+    def decode_floats(self, step: Step | Tensor) -> Tensor:
+        """A Step, or tokens (B, N) -> images (B, 3, S, S) float32 in [0, 1]; masked tokens as the codes' mean."""
+        return to_unit_range(self.tokenizer.decode_latent(self.latent(step)))
+
+    def latent(self, step: Step | Tensor) -> Tensor:
+        """Code vectors (B, C, h, w) of a Step or of tokens; the tokens themselves where there is no tokenizer."""
+        tokens = step.tokens if isinstance(step, Step) else step
+        if self.tokenizer is None:
+            return tokens
+        masked = tokens == self.generator.mask_token_id
+        vectors = self.tokenizer.latent(tokens.masked_fill(masked, 0))
+        mean = self.tokenizer.codebook.weight.float().mean(0)[None, :, None, None]
+        return torch.where(masked.view(len(tokens), 1, *vectors.shape[2:]), mean, vectors)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, class_labels: Labels = None) -> Tensor:
+        """Logits (B, N, V) float32 at every position of tokens (B, N), any of which may be masked."""
+        ids = self.label_ids(class_labels)
+        labels = self.label_tensor(ids, len(tokens))
+        if len(labels) != len(tokens):
+            raise SettingError(f"{len(labels)} class labels for {len(tokens)} rows of tokens: give one per row")
+        return self.generator(tokens.to(self.device), labels)

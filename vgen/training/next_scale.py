@@ -1,0 +1,48 @@
+"""Training a next-scale generator: cross-entropy of every scale at once, given the scales before (2404.02905)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgen.generators.var import VAR
+from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.training.generators import GeneratorTask
+
+
+class NextScaleTask(GeneratorTask):
+    """VAR and the scales it learns from."""
+
+    model_class = VAR
+    tokenizer_class = MultiScaleVQ
+    init_settings: Mapping[str, str] = {"init_gate": "gate"}
+
+    def decided(self) -> dict[str, Any]:
+        return {name: self.tokenizer.config[name] for name in ("scales", "vocab_size", "code_dim")}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat(self.tokenizer.encode(images), dim=1)
+
+    def training_loss(
+        self, model: nn.Module, tokens: Tensor, labels: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(self._context(tokens), labels)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
+
+    def test_losses(self, tokens: Tensor, labels: Tensor, first: int) -> dict[str, Tensor]:
+        """Cross-entropy per token; the last scale's apart, as VAR's "tail"."""
+        logits = self.model(self._context(tokens), labels)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        return {"test_loss": loss.mean(1), "test_loss_tail": loss[:, -self.model.lengths[-1] :].mean(1)}
+
+    def pipeline(self) -> NextScalePipeline:
+        return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))
+
+    def _context(self, tokens: Tensor) -> Tensor:
+        if self.tokenizer.device != tokens.device:
+            self.tokenizer.to(tokens.device)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return self.tokenizer.context(tokens.split(self.model.lengths, dim=1))

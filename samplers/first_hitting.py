@@ -32,20 +32,26 @@ TIME_OF_SHARE: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda m: 1 - 2 / math.pi * torch.acos(m),
     "cosine-alpha": lambda m: 2 / math.pi * torch.acos(1 - m),
     "square": lambda m: m**0.5,
-    "loglinear": lambda m: (m / (1 - LOGLINEAR_EPS)).clamp_max(1),
+    "loglinear": lambda m: m / (1 - LOGLINEAR_EPS),
 }
 
 
 def hitting_shares(rng: Rng, known: Tensor) -> list[Tensor]:
     """The masked share after each revelation: a float64 vector of falling numbers per row, one per masked token.
 
-    m <- m u^(1/n) for n = masked tokens, ..., 1, in logarithms; started from a share of 1.
+    m <- m u^(1/n) for n = masked tokens, ..., 1, in logarithms; relative to the share at time 1.
     """
     noise = rng.exponential((known.shape[1],), key=TIMES_KEY).double().cpu()  # -log u
     rows = []
     for row, masked in zip(noise, (~known).sum(1).tolist(), strict=True):
         rows.append((-row[:masked] / torch.arange(masked, 0, -1)).cumsum(0).exp())
     return rows
+
+
+def hitting_times(shares: Tensor, noise_schedule: str) -> Tensor:
+    """When the masked share has fallen to these shares of what it was at time 1."""
+    whole = MASKED_SHARE[noise_schedule](torch.ones((), dtype=torch.float64))
+    return TIME_OF_SHARE[noise_schedule](shares * whole)
 
 
 def first_hitting(rng: Rng, known: Tensor, steps: int | None, noise_schedule: str) -> Plan:
@@ -55,7 +61,7 @@ def first_hitting(rng: Rng, known: Tensor, steps: int | None, noise_schedule: st
         masked = len(shares)
         row = reveal_counts(masked, min(steps or masked, masked), "linear")
         counts.append(row)
-        times.append(TIME_OF_SHARE[noise_schedule](shares[torch.tensor(row).cumsum(0) - 1]))
+        times.append(hitting_times(shares[torch.tensor(row).cumsum(0) - 1], noise_schedule))
     return Plan(counts=pad(counts), times=_padded(times))
 
 
@@ -67,7 +73,7 @@ def ancestral(rng: Rng, known: Tensor, steps: int, noise_schedule: str) -> Plan:
     counts, times = [], []
     for shares in hitting_shares(rng, known):
         # A token hit at time t is revealed in step floor((1 - t) T), which ends at time 1 - (step + 1) / T.
-        hit = TIME_OF_SHARE[noise_schedule](shares)
+        hit = hitting_times(shares, noise_schedule)
         step, row = ((1 - hit) * steps).long().clamp(0, steps - 1).unique_consecutive(return_counts=True)
         counts.append(row.tolist())
         times.append(1 - (step + 1).double() / steps)
@@ -100,33 +106,35 @@ def ancestral_categorical(
     """
     policy = FeaturePolicy(full_steps=settings.full_steps, partial_steps=settings.partial_steps)
     share = MASKED_SHARE[settings.noise_schedule](torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+    share[-1] = 0  # where rounding would leave a mask alive
     whole_steps = {group[0] for group in policy.groups(steps)}
+    keep = len(whole_steps) < steps
     columns, places = known, None  # of the group, where partial evaluations follow
     logits: Tensor | None = None  # None where something was revealed since
     whole_is_old = True  # something was revealed since the last whole evaluation
     for step in range(steps):
-        evaluated = None
-        if logits is None or (step in whole_steps and whole_is_old):
+        evaluated: Tensor | None = torch.zeros_like(known)
+        if not known.all() and (logits is None or (step in whole_steps and whole_is_old)):
             scale = scale_at(known.float().mean(1).cpu())
             if places is None or step in whole_steps:
-                keep = step + 1 < steps and step + 1 not in whole_steps
                 columns, places = _masked_places(known) if keep else (known, None)
-                whole_is_old = False
+                whole_is_old, evaluated = False, None
                 logits = evaluate.whole(tokens, scale, keep)
                 logits = logits if places is None else take(logits, places)
             else:
                 logits = evaluate.partial(take(tokens, places), places, scale)
                 evaluated = torch.zeros_like(known).scatter(1, places, True)
             logits = truncate(temper(logits, settings.temperature), settings.top_k, settings.top_p)
-        noise = rng.exponential((logits.shape[1], logits.shape[2] + 1), key=3 * step)
-        reveal = float(1 - share[step + 1] / share[step])
-        drawn = draw_or_mask(logits, reveal, noise, settings.gumbel_bits)
-        drawn = drawn.masked_fill(drawn == logits.shape[2], mask_token_id)
-        drawn = drawn if places is None else tokens.scatter(1, places, drawn.gather(1, columns))
-        drawn = torch.where(known, tokens, drawn)
-        if not torch.equal(drawn, tokens):
-            logits, whole_is_old = None, True
-        tokens, known = drawn, drawn != mask_token_id
+        if logits is not None:
+            noise = rng.exponential((logits.shape[1], logits.shape[2] + 1), key=3 * step)
+            reveal = float(1 - share[step + 1] / share[step])
+            drawn = draw_or_mask(logits, reveal, noise, settings.gumbel_bits)
+            drawn = drawn.masked_fill(drawn == logits.shape[2], mask_token_id)
+            drawn = drawn if places is None else tokens.scatter(1, places, drawn.gather(1, columns))
+            drawn = torch.where(known, tokens, drawn)
+            if not torch.equal(drawn, tokens):
+                logits, whole_is_old = None, True
+            tokens, known = drawn, drawn != mask_token_id
         yield Step(
             index=step,
             total=steps,
@@ -157,5 +165,6 @@ def draw_or_mask(logits: Tensor, reveal: float, noise: Tensor, bits: int = 0) ->
     if not bits:
         return (probabilities / noise).argmax(-1)
     cells = torch.floor(-torch.expm1(-noise.double()) * 2.0**bits).clamp_max(2.0**bits - 1)
-    gumbel = -torch.log(-torch.log(cells / 2.0**bits))
+    uniform = (cells / 2.0**bits).clamp_min(1e-300)  # a zero loses to all others, but not to what is impossible
+    gumbel = -torch.log(-torch.log(uniform))
     return (probabilities.double().log() + gumbel).argmax(-1)

@@ -152,7 +152,7 @@ def in_raster_order(select: Select, plan: Plan, groups: Sequence[Sequence[int]])
     """The same positions in each group, but revealed in raster order where the group has more than one step."""
     sizes = [int(plan.counts[:, list(group)].sum(1).max()) for group in groups]
 
-    def ordered(outputs: Tensor, known: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+    def ordered(outputs: Tensor, known: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         order, kept = select(outputs, known, number)
         if len(groups[number]) > 1:
             front, rest = order.tensor_split([sizes[number]], dim=1)

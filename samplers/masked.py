@@ -6,6 +6,7 @@ each step reveals, `select` which, `draw` what they are, and the feature policy 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -69,8 +70,8 @@ class Evaluator(Protocol):
 
 
 # Given a whole evaluation, what is known (B, N) and the number of the group: positions (B, N), those to reveal first in
-# front and known ones last, and with them tokens that may be kept, (B, N) by position, or None to draw all.
-Select = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+# front and known ones last; and tokens (B, N) by position with the rows (B,) bool that keep them, or None to draw all.
+Select = Callable[[Tensor, Tensor, int], tuple[Tensor, tuple[Tensor, Tensor] | None]]
 # Given outputs (B, n, ...) for n columns of a group, the first column's number and the step: their tokens.
 Draw = Callable[[Tensor, int, int], Tensor]
 
@@ -107,7 +108,9 @@ def unmask(
                 outputs = evaluate.partial(given, places, scales[j])
             starts = ends[:, j - 1] if j else torch.zeros_like(ends[:, 0])
             low, high = int(starts.min()), int(ends[:, j].max())
-            drawn = choose(outputs[:, low:high], low, step) if kept is None else take(kept, places[:, low:high])
+            drawn = choose(outputs[:, low:high], low, step)
+            if kept is not None and not j:
+                drawn = torch.where(kept[1][:, None], take(kept[0], places[:, low:high]), drawn)
             span = torch.arange(low, high)
             revealed = ((span >= starts[:, None]) & (span < ends[:, j, None])).to(tokens.device)
             given = _put(given, low, revealed, drawn, columns)
@@ -185,9 +188,13 @@ def by_confidence(rng: Rng, settings: MaskedSettings, plan: Plan, groups: Sequen
     """
     group_counts = torch.stack([plan.counts[:, group[0]] > 0 for group in groups], 1).sum(1)
 
-    def select(logits: Tensor, known: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
-        step, keep = groups[number][0], len(groups[number]) == 1 and not settings.resample_singletons
-        heat = ramp(settings.temperature_schedule, settings.temperature, step, plan.row_steps) if keep else 1.0
+    def select(logits: Tensor, known: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        step = groups[number][0]
+        single = (plan.counts[:, list(groups[number])] > 0).sum(1) == 1
+        keep = single if not settings.resample_singletons else torch.zeros_like(single)
+        heat = ramp(settings.temperature_schedule, settings.temperature, step, plan.row_steps)
+        if not bool(keep.all()):
+            heat = torch.where(keep[:, None, None], torch.as_tensor(heat), 1.0) if bool(keep.any()) else 1.0
         tempered = truncate(temper(logits, _to(heat, logits)), settings.top_k, settings.top_p)
         drawn = draw(tempered, rng.exponential(logits.shape[1:], key=3 * step + 1))
         score = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
@@ -195,7 +202,7 @@ def by_confidence(rng: Rng, settings: MaskedSettings, plan: Plan, groups: Sequen
         left = (1 - (number + 1) / group_counts.clamp_min(1)).clamp_min(0)[:, None].to(score)
         score = score + settings.choice_temperature * left * noise
         order = score.masked_fill(known, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        return order, drawn if keep else None
+        return order, (drawn, keep.to(drawn.device)) if bool(keep.any()) else None
 
     return select
 
@@ -203,7 +210,7 @@ def by_confidence(rng: Rng, settings: MaskedSettings, plan: Plan, groups: Sequen
 def by_order(order: Tensor) -> Select:
     """A fixed order of positions, (B, N)."""
 
-    def select(outputs: Tensor, known: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+    def select(outputs: Tensor, known: Tensor, number: int) -> tuple[Tensor, None]:
         behind = known.gather(1, order).byte().argsort(dim=1, stable=True)
         return order.gather(1, behind), None
 
@@ -257,12 +264,20 @@ def _radical_inverse(number: int, base: int) -> float:
 def scheduled(known: Tensor, steps: int, schedule: str) -> Plan:
     """A mask schedule for every row's masked tokens; a row with fewer of them than steps takes one at a time.
 
-    `schedule` is one of MASK_SCHEDULES, or "recap" for the integers of ReCAP's release.
+    `schedule` is one of MASK_SCHEDULES, or "recap" for the integers of ReCAP's release. These need two tokens a step
+    or so: rows with fewer masked ones take the same curve with MaskGIT's rounding. Raises SettingError where even a
+    whole image has too few.
     """
     rows = []
     for masked in (~known).sum(1).tolist():
-        taken = min(steps, masked)
-        rows.append(recap_counts(masked, taken) if schedule == "recap" else reveal_counts(masked, taken, schedule))
+        taken, recap = min(steps, masked), schedule == "recap"
+        if recap and masked < known.shape[1]:
+            with suppress(SettingError):
+                rows.append(recap_counts(masked, taken))
+                continue
+            recap = False
+        curve = "pow2.5" if schedule == "recap" else schedule
+        rows.append(recap_counts(masked, taken) if recap else reveal_counts(masked, taken, curve))
     return Plan(counts=pad(rows))
 
 

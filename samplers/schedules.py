@@ -46,7 +46,9 @@ def recap_counts(num_tokens: int, steps: int, schedule: str = "pow2.5") -> list[
     counts = [max(1, now - after) for now, after in pairwise(masked)]
     last = num_tokens - sum(counts)
     if last < 1:
-        raise SettingError(f"schedule {schedule!r} leaves no token for the last of {steps} steps: take fewer steps")
+        raise SettingError(
+            f"ReCAP's schedule leaves no token for the last of {steps} steps over {num_tokens} tokens: take fewer steps"
+        )
     return [*counts, last]
 
 

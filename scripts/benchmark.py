@@ -1,4 +1,4 @@
-"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, or `evaluate`.
+"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `masked` or `evaluate`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
 be trusted more than seconds across machines.
@@ -108,9 +108,9 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     dtype, device, batch = getattr(torch, job["dtype"]), job["device"], job["batch"]
     peak = _matmul_peak(dtype, device)
-    tokenizer = _random_model(lambda: MultiScaleVQ(**TOKENIZER), dtype, device)
+    tokenizer = random_model(lambda: MultiScaleVQ(**TOKENIZER), dtype, device)
     size = {name: TOKENIZER[name] for name in ("scales", "vocab_size", "code_dim")}
-    generator = _random_model(lambda: VAR(**size, **TRANSFORMER), dtype, device)
+    generator = random_model(lambda: VAR(**size, **TRANSFORMER), dtype, device)
     pipeline = NextScalePipeline(tokenizer, generator)
     if job["plan"] == "published":
         from published_loops import PublishedVAR
@@ -129,13 +129,13 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
             last = step
         return last
 
-    counted = {torch.ops.mkldnn._linear_pointwise: _linear_flop}
+    counted = {torch.ops.mkldnn._linear_pointwise: linear_flop}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         step = sample()
     transformer_flop = counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         pipeline.decode(step)
-    times = [(_seconds(sample, device), _seconds(lambda: pipeline.decode(step), device)) for _ in range(job["repeats"])]
+    times = [(seconds(sample, device), seconds(lambda: pipeline.decode(step), device)) for _ in range(job["repeats"])]
     memory = (
         torch.cuda.max_memory_allocated()
         if device == "cuda"
@@ -151,6 +151,62 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
         "peak_gflops": peak,
         "tokens": hashlib.sha256(torch.cat(step.tokens, 1).cpu().numpy().tobytes()).hexdigest()[:8],
     }
+
+
+# ---- masked generation at 256 px with random weights, and sampling work
+
+
+@app.command("masked")
+def compare_masked(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed runs per configuration, after one to warm up.")] = 1,
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    time_steps: Annotated[int, typer.Option(help="Steps of the ancestral samplers.")] = 1000,
+) -> None:
+    """ReCAP on the published U-ViT (256 tokens, width 768, 25 blocks) with random weights, against the same schedule
+    without it and against fewer whole steps of equal FLOPs; then what masked diffusion's samplers spend on drawing.
+    """
+    from benchmark_masked import BASE_STEPS, plans
+
+    shared = {"threads": threads, "device": device, "dtype": dtype, "repeats": repeats}
+    lines = [["run", "dtype", "batch", "s/image", "GFLOP/image", "vs same T", "FLOPs", f"vs base T={BASE_STEPS}"]]
+    for batch in [int(size) for size in batches.split(",")]:
+        rows = {}
+        for plan in plans():
+            job = shared | plan | {"batch": batch}
+            rows[plan["plan"]] = job | _measure_apart("masked", job)
+            print(f"measured {plan['plan']} batch {batch}", file=sys.stderr)
+        for name, row in rows.items():
+            same, base = rows.get(f"base T={row['steps']}"), rows[f"base T={BASE_STEPS}"]
+            twin = rows[row.get("same_as", name)]
+            lines.append(
+                [
+                    name,
+                    dtype,
+                    str(batch),
+                    f"{row['seconds'] / batch:.2f}",
+                    f"{row['gflop'] / batch:.0f}",
+                    f"{same['seconds'] / row['seconds']:.2f}x"
+                    if same
+                    else f"ReCAP/{row['seconds'] / twin['seconds']:.2f}",
+                    f"{same['gflop'] / row['gflop']:.2f}x" if same else f"ReCAP/{row['gflop'] / twin['gflop']:.2f}",
+                    f"{base['seconds'] / row['seconds']:.2f}x",
+                ]
+            )
+    _print_table(lines)
+    lines = [["sampler", "N", "T", "evaluations", "drawing, s", "against first-hitting"]]
+    for tokens in (256, 1024):
+        found = {}
+        for sampler in ("first-hitting", "ancestral", "ancestral-categorical"):
+            job = {"threads": threads, "tokens": tokens, "sampler": sampler, "steps": time_steps}
+            found[sampler] = _measure_apart("categorical", job)
+            cost = found[sampler]["seconds"]
+            ratio = f"{cost / found['first-hitting']['seconds']:.1f}"
+            steps = "-" if sampler == "first-hitting" else str(time_steps)
+            lines.append([sampler, str(tokens), steps, str(found[sampler]["evaluations"]), f"{cost:.3f}", ratio])
+    _print_table(lines)
 
 
 # ---- feature extraction
@@ -263,7 +319,7 @@ def _random_inception(path: Any) -> None:
 # ---- measuring
 
 
-def _random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
+def random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
     """A model with small random weights, the same in every dtype up to rounding, made without a float32 copy."""
     import torch
 
@@ -289,7 +345,7 @@ def _random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _linear_flop(x: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
+def linear_flop(x: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
     """For torch's counter, which gives shapes: x (..., D_in), weight (D_out, D_in)."""
     rows = 1
     for side in x[:-1]:
@@ -306,11 +362,11 @@ def _matmul_peak(dtype: Any, device: str, size: int = 2048) -> float:
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     with torch.no_grad():
         ways: list[Callable[[], Any]] = [lambda: a @ b, lambda: linear(a, b, None)]
-        best = min(_seconds(way, device) for _ in range(8) for way in ways)
+        best = min(seconds(way, device) for _ in range(8) for way in ways)
     return 2 * size**3 / best / 1e9
 
 
-def _seconds(work: Callable[[], Any], device: str) -> float:
+def seconds(work: Callable[[], Any], device: str) -> float:
     import torch
 
     start = time.perf_counter()
@@ -339,7 +395,10 @@ def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:
 @app.command(hidden=True)
 def measure(name: str, job: str) -> None:
     """One configuration, in this process."""
-    print(json.dumps({"var": _run_var, "evaluate": _run_evaluate}[name](json.loads(job))))
+    from benchmark_masked import run_categorical, run_sampling
+
+    runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
+    print(json.dumps(runs[name](json.loads(job))))
 
 
 if __name__ == "__main__":

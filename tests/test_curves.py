@@ -33,7 +33,7 @@ class Painter:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def resolve_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
         chosen = {"strength": 1.0, "mode": "wet"} | settings
         if not 0 <= chosen["strength"] <= 1:
             raise SettingError(f"strength is {chosen['strength']}: it must lie in 0..1")

@@ -105,20 +105,38 @@ Classes = Annotated[
     str | None, typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")]
-SamplerName = Annotated[str | None, typer.Option("--sampler", help="Default: the model's own.")]
+SamplerName = Annotated[str | None, typer.Option("--sampler", help="maskgit, halton, ...; default: the model's own.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is off; default 2.")]
 GuidanceSchedule = Annotated[str | None, typer.Option(help="linear (default) or constant.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")]
 Temperature = Annotated[float | None, typer.Option(help="Default 1; 0 takes the likeliest code.")]
+Steps = Annotated[int | None, typer.Option(help="Masked families: evaluations per image; default: the model's own.")]
+SamplerSettings = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any other setting of the sampler, as partial_steps=1; repeatable."
+    ),
+]
 MoreSmooth = Annotated[bool | None, typer.Option("--more-smooth", help="VAR's smoothing; nicer, but worse FID.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where present.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")]
 
 
-def _given(**settings: Any) -> dict[str, Any]:
-    """The settings whose flags were used."""
-    return {name: value for name, value in settings.items() if value is not None}
+def _given(others: list[str], **settings: Any) -> dict[str, Any]:
+    """The settings whose flags were used, and those of --set."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    for text in others:
+        from vgen.evaluation.curves import parse_value
+
+        name, equals, value = text.partition("=")
+        if not equals or not value:
+            raise typer.BadParameter(f"--set {text!r} has no value: write a setting and its value, as partial_steps=1")
+        name = name.strip().replace("-", "_")
+        if name in given:
+            raise typer.BadParameter(f"{name} is given twice: give it once")
+        given[name] = parse_value(value.strip(), f"--set {text!r}")
+    return given
 
 
 @app.command()
@@ -136,7 +154,9 @@ def sample(
     top_k: TopK = None,
     top_p: TopP = None,
     temperature: Temperature = None,
+    steps: Steps = None,
     more_smooth: MoreSmooth = None,
+    other_settings: SamplerSettings = [],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Images sampled at once; changes speed, not images.")] = 16,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
@@ -150,11 +170,13 @@ def sample(
     Example: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
     """
     settings = _given(
+        other_settings,
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
         top_k=top_k,
         top_p=top_p,
         temperature=temperature,
+        steps=steps,
         more_smooth=more_smooth,
     )
     if source is not None:
@@ -167,7 +189,7 @@ def sample(
         from vgen import batch, hub
 
         pipeline = hub.load(model, device=device, dtype=dtype)
-        pipeline.resolve_settings(settings)
+        pipeline.resolve_settings(settings, sampler)
         labels = _parse_classes(classes, pipeline)
         paths = batch.sample_to_files(
             pipeline,
@@ -212,7 +234,7 @@ def _repeat(
         pipeline,
         batch.from_request(request, seed),
         out,
-        settings=pipeline.resolve_settings(request.settings | settings),
+        settings=pipeline.resolve_settings(request.settings | settings, sampler or request.sampler),
         sampler=sampler or request.sampler,
         batch_size=batch_size,
     )
@@ -221,7 +243,7 @@ def _repeat(
 def _parse_classes(text: str | None, pipeline: Any) -> list[int] | None:
     """ "sneaker,bag", "0-4,7", "none" for unconditional; nothing means every class."""
     if text is None:
-        return list(range(pipeline.null_class))
+        return list(range(pipeline.null_class)) or None  # a model without classes is unconditional
     if text.strip().lower() == "none":
         return None
     labels: list[int | str] = []
@@ -293,7 +315,9 @@ def evaluate(
     top_k: TopK = None,
     top_p: TopP = None,
     temperature: Temperature = None,
+    steps: Steps = None,
     more_smooth: MoreSmooth = None,
+    other_settings: SamplerSettings = [],  # noqa: B006
     device: Device = None,
     dtype: Dtype = None,
     data_root: DataRoot = None,
@@ -305,11 +329,13 @@ def evaluate(
     from vgen.evaluation.run import Task, run
 
     settings = _given(
+        other_settings,
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
         top_k=top_k,
         top_p=top_p,
         temperature=temperature,
+        steps=steps,
         more_smooth=more_smooth,
     )
     task = Task(
@@ -350,7 +376,7 @@ def evaluate(
 
 @app.command()
 def convert(
-    family: Annotated[str, typer.Argument(help="var")],
+    family: Annotated[str, typer.Argument(help="var, maskgit, mage or mar.")],
     transformer: Annotated[Path, typer.Option(help="The published transformer, .pth or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
     tokenizer: Annotated[Path | None, typer.Option(help="The published tokenizer; images need it.")] = None,
@@ -358,6 +384,7 @@ def convert(
         str | None, typer.Option(help="Sides of the scales, 1,2,3,...; default: as the file says.")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads where the file cannot tell.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(help="mage: those of its decoder.")] = None,
     class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 (default), bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -368,7 +395,8 @@ def convert(
     from vgen import conversion, hub
 
     kind = hub.parse_dtype(dtype)
-    overrides: dict[str, Any] = {"heads": heads} if heads else {}
+    given = {"heads": heads, "decoder_heads": decoder_heads}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if scales:
         try:
             overrides["scales"] = [int(side) for side in scales.split(",")]

@@ -8,20 +8,27 @@ from typing import Any
 
 import torch
 
+from vgen.converters.mar import convert_mar
+from vgen.converters.maskgit import convert_mage, convert_maskgit
 from vgen.converters.shared import Source
 from vgen.converters.var import convert_var
 from vgen.files import atomic_folder, sha256
 from vgen.pipelines.base import Pipeline
 from vgen.types import SettingError
 
-FAMILIES: dict[str, Callable[..., Pipeline]] = {"var": convert_var}
+FAMILIES: dict[str, Callable[..., Pipeline]] = {
+    "var": convert_var,
+    "maskgit": convert_maskgit,
+    "mage": convert_mage,
+    "mar": convert_mar,
+}
 
 
 def convert(family: str, *, transformer: Source, tokenizer: Source | None = None, **overrides: Any) -> Pipeline:
     """Turn published weights into a pipeline.
 
     Args:
-        family: "var".
+        family: "var", "maskgit", "mage" or "mar".
         transformer: a file (safetensors, or .pth without pickled objects) or a state dict.
         tokenizer: the same for the tokenizer; without it the pipeline gives no images.
         overrides: configuration values that shapes cannot tell, or tell wrongly.

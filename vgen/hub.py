@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from vgen.generators.mage import MAGE
+from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
 from vgen.generators.var import VAR
+from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.kl import KLAutoencoder
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
 from vgen.types import CheckpointError, SettingError
 
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
-PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline)}
-COMPONENTS = (MultiScaleVQ, VQGAN, VAR, MaskedTransformer)
+PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline)}
+COMPONENTS = (MultiScaleVQ, VQGAN, KLAutoencoder, VAR, MaskedTransformer, MAGE, MAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -26,7 +26,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
-        found = [_value(value.strip(), text) for value in values.split(",") if value.strip()]
+        found = [parse_value(value.strip(), f"--grid {text!r}") for value in values.split(",") if value.strip()]
         if not equals or not found:
             raise SettingError(f"--grid {text!r} has no values: write a setting and its values, as guidance_scale=1,2")
         if name in grid:
@@ -40,15 +40,15 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def _value(text: str, whole: str) -> Any:
-    """A number, true or false, or a name."""
+def parse_value(text: str, whole: str) -> Any:
+    """A number, true or false, or a name. Raises SettingError, quoting `whole`, for anything else."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", text):
-        raise SettingError(f"--grid {whole!r}: {text!r} is neither a number nor a name")
+        raise SettingError(f"{whole}: {text!r} is neither a number nor a name")
     return text
 
 

@@ -194,7 +194,7 @@ def _images(task: Task, folder: Path | None, classes: Classes) -> ImageSet:
 
 def _pipeline(task: Task, name: str) -> Any:
     pipeline = hub.load(name, device=task.device, dtype=task.dtype)
-    pipeline.resolve_settings(task.settings)
+    pipeline.resolve_settings(task.settings, task.sampler)
     pipeline.check_tokenizer()
     return pipeline
 

@@ -38,7 +38,7 @@ class SampledImages:
         self, pipeline: Any, items: Sequence[Item], settings: dict[str, Any], sampler: str | None = None
     ) -> None:
         self.pipeline, self.items, self.sampler = pipeline, list(items), sampler
-        self.settings = pipeline.resolve_settings(settings)
+        self.settings = pipeline.resolve_settings(settings, sampler)
         self.name = pipeline.source
         labels = [item.class_label for item in items if item.class_label is not None]
         self.labels = labels if len(labels) == len(items) else None

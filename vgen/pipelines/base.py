@@ -204,6 +204,8 @@ class Pipeline(DiffusionPipeline):
 
     def _label_id(self, label: int | str) -> int:
         last = self.null_class - 1
+        if last < 0:
+            raise SettingError(f"this model is unconditional, it has no class {label!r}: leave class_labels out")
         if isinstance(label, str):
             wanted = label.strip().lower()
             names = {name.lower(): index for index, name in reversed(list(enumerate(self.class_names)))}
@@ -303,6 +305,14 @@ def build_settings(
             if isinstance(low, int) and not isinstance(value, int):
                 raise SettingError(f"{name} is {value!r}: it must be a whole number")
     return kind(**given)
+
+
+def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
+    """A tensor, array or list as a tensor. Raises SettingError for anything else."""
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"{name} is no tensor, array or list of numbers: {str(error).splitlines()[0]}") from error
 
 
 def _plain(values: Any) -> Any:

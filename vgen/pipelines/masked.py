@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgen.data import to_model_range, to_unit_range
-from vgen.pipelines.base import Labels, Pipeline, build_settings
+from vgen.pipelines.base import Labels, Pipeline, as_tensor, build_settings
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
 from vgen.samplers.logits import share_guidance
 from vgen.samplers.masked import (
@@ -160,7 +160,8 @@ class MaskedPipeline(Pipeline):
         name, config = self.resolve_sampler(sampler), self.generator.config
         defaults = {key: value for key, value in self.config["settings"].items() if name in READERS.get(key, (name,))}
         if name != self.samplers[0]:
-            defaults.pop("steps", None)  # the model's are its default sampler's
+            for key in ("steps", "full_steps", "partial_steps"):  # the model's are its default sampler's
+                defaults.pop(key, None)
         bounds: dict[str, tuple[float, float]] = {
             "guidance_scale": (0.0, 1000.0),
             "top_k": (0, config["vocab_size"]),
@@ -190,8 +191,9 @@ class MaskedPipeline(Pipeline):
         timed = name.startswith("ancestral")
         if chosen.steps is not None and chosen.steps > number and not timed:
             raise SettingError(f"steps is {chosen.steps}, but an image has {number} tokens: take 1..{number} steps")
-        steps = chosen.steps or min(DEFAULT_STEPS.get(name, number), number)
-        if not timed and chosen.full_steps > steps:
+        usual = DEFAULT_STEPS.get(name, number)
+        steps = chosen.steps or (usual if timed else min(usual, number))
+        if chosen.full_steps > steps:
             raise SettingError(f"full_steps is {chosen.full_steps}: it must lie in 0..{steps}, the number of steps")
         if chosen.partial_steps >= steps and chosen.partial_steps:
             raise SettingError(
@@ -210,7 +212,7 @@ class MaskedPipeline(Pipeline):
             return given, given != mask
         if tokens is None or known is None:
             raise SettingError("tokens and known belong together: give both, or neither")
-        given, kept = torch.as_tensor(tokens, device=self.device), torch.as_tensor(known, device=self.device)
+        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
         for what, value in (("tokens", given), ("known", kept)):
             if value.shape not in ((number,), (1, number), (batch, number)):
                 expected = f"({number},) or ({batch}, {number})"
@@ -220,9 +222,11 @@ class MaskedPipeline(Pipeline):
         kept = kept.expand(batch, number)
         if bool(kept.all(1).any()):
             raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
-        if given.is_floating_point() or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
+        whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+        given = given.long().expand(batch, number) if whole else given
+        if not whole or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
             raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
-        return given.long().expand(batch, number).masked_fill(~kept, mask), kept
+        return given.masked_fill(~kept, mask), kept
 
     def begin_edit(
         self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
@@ -245,6 +249,7 @@ class MaskedPipeline(Pipeline):
     @torch.no_grad()
     def decode_floats(self, step: Step | Tensor) -> Tensor:
         """A Step, or tokens (B, N) -> images (B, 3, S, S) float32 in [0, 1]; masked tokens as the codes' mean."""
+        self.check_tokenizer()
         return to_unit_range(self.tokenizer.decode_latent(self.latent(step)))
 
     def latent(self, step: Step | Tensor) -> Tensor:

@@ -1,0 +1,189 @@
+"""The pipeline of MAR: continuous tokens unmasked in a random order, each drawn by a diffusion head."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgen.data import to_model_range, to_unit_range
+from vgen.pipelines.base import Labels, Pipeline, as_tensor, build_settings
+from vgen.samplers.mar import MARSettings, mar
+from vgen.types import Output, Rng, SettingError, Step
+
+
+class MARPipeline(Pipeline):
+    """An autoencoder and a generator of its continuous tokens.
+
+    Args:
+        tokenizer: vgen.tokenizers.kl.KLAutoencoder, or anything with its interface; None gives tokens only.
+        generator: vgen.generators.mar.MAR, or anything with its interface.
+        id2label: class names by id.
+        settings: this model's default sampling settings, fields of MARSettings.
+    """
+
+    samplers = ("mar",)
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        generator: Any,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        names = {str(key): value for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, settings=dict(settings or {}))
+        if tokenizer is not None:
+            tokenizer.to(memory_format=torch.channels_last)
+            pairs = {
+                "number of tokens": (tokenizer.num_tokens, generator.config["num_tokens"]),
+                "token_dim": (tokenizer.token_dim, generator.config["token_dim"]),
+            }
+            for name, (ours, theirs) in pairs.items():
+                if ours != theirs:
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+        self._settings({})  # a model with impossible defaults is refused at once
+
+    @torch.no_grad()
+    def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
+        """Sample images.
+
+        Args:
+            class_labels: ids or names, one per image (a single one serves all seeds); None is unconditional.
+            seeds: one whole number per image; image i depends on its own seed alone.
+            generator: one torch.Generator for the whole batch instead.
+            sampler: "mar".
+            steps: evaluations; a run with few masked tokens takes at most one each.
+            tokens, known: in-painting: given tokens (N, C) or (B, N, C), and which of them are kept, (N,) or (B, N)
+                bool, equally many in each row.
+            guidance_scale: uncond + s * (cond - uncond) of the noise that the head predicts; 1 is off.
+            guidance_schedule: "linear" (by the share of tokens known, from 1) or "constant".
+            temperature: factor on the noise of the diffusion steps; published: 1 with guidance, 0.95 without.
+            diffusion_steps: of the head, 2..1000.
+            full_steps, partial_steps: ReCAP: whole evaluations at the start, then partial ones after each whole one.
+            partial_diffusion_steps: of the head for tokens of partial evaluations; None is half of `diffusion_steps`.
+            cache_buffer, group_order: see vgen.samplers.mar.MARSettings.
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens,
+                (B, N, C)); without a tokenizer only the last.
+
+        Raises SettingError (a ValueError) naming the value and the remedy.
+        """
+        if output_type != "latent":
+            self.check_tokenizer()
+        steps, rng = self._begin(class_labels, **settings)
+        return self.run(steps, rng, output_type)
+
+    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they
+        are checked before the first step is asked for."""
+        return self._begin(class_labels, **settings)[0]
+
+    def _begin(
+        self,
+        class_labels: Labels,
+        *,
+        seeds: Sequence[int] | int | None = None,
+        generator: torch.Generator | None = None,
+        sampler: str | None = None,
+        tokens: Any = None,
+        known: Any = None,
+        **settings: Any,
+    ) -> tuple[Iterator[Step], Rng]:
+        chosen = self._settings(settings, sampler)
+        labels, rng = self.inputs(class_labels, seeds, generator)
+        latents, kept = self._given(tokens, known, len(labels))
+        loop = mar(self.generator, labels, self.null_class, latents, kept, rng, chosen)
+        return self.without_gradients(loop), rng
+
+    # ---- settings
+
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
+        return dataclasses.asdict(self._settings(settings, sampler))
+
+    def _settings(self, settings: dict[str, Any], sampler: str | None = None) -> MARSettings:
+        """The model's defaults and the settings given, checked."""
+        self.resolve_sampler(sampler)
+        number = self.generator.config["num_tokens"]
+        defaults = {"steps": min(MARSettings.steps, number)} | self.config["settings"]
+        bounds: dict[str, tuple[float, float]] = {
+            "guidance_scale": (0.0, 1000.0),
+            "temperature": (0.0, 1000.0),
+            "steps": (1, number),
+            "diffusion_steps": (2, 1000),
+            "partial_diffusion_steps": (2, 1000),
+            "full_steps": (0, number),
+            "partial_steps": (0, number),
+        }
+        choices = {"guidance_schedule": ("linear", "constant"), "group_order": ("raster", "random")}
+        chosen = build_settings(MARSettings, defaults | settings, bounds, choices)
+        if chosen.full_steps > chosen.steps:
+            raise SettingError(
+                f"full_steps is {chosen.full_steps}: it must lie in 0..{chosen.steps}, the number of steps"
+            )
+        if chosen.partial_steps >= chosen.steps and chosen.partial_steps:
+            limit = f"0..{chosen.steps - 1}, below the number of steps"
+            raise SettingError(f"partial_steps is {chosen.partial_steps}: it must lie in {limit}")
+        return chosen
+
+    # ---- given tokens
+
+    def _given(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) and which are known, (B, N) bool."""
+        number, width = self.generator.config["num_tokens"], self.generator.config["token_dim"]
+        if tokens is None and known is None:
+            kept = torch.zeros(batch, number, device=self.device, dtype=torch.bool)
+            return torch.zeros(batch, number, width, device=self.device, dtype=self._precision), kept
+        if tokens is None or known is None:
+            raise SettingError("tokens and known belong together: give both, or neither")
+        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
+        for what, value, shape in (("tokens", given, (number, width)), ("known", kept, (number,))):
+            if value.shape not in (shape, (1, *shape), (batch, *shape)):
+                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {shape} or {(batch, *shape)}")
+        if kept.dtype != torch.bool:
+            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
+        given, kept = given.expand(batch, number, width), kept.expand(batch, number)
+        counts = kept.sum(1).tolist()
+        if max(counts) == number:
+            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
+        if len(set(counts)) > 1:
+            raise SettingError(
+                f"rows with {min(counts)} and {max(counts)} known tokens: MAR takes equally many in each, sample "
+                "them one at a time"
+            )
+        if not given.is_floating_point() or not bool(given[kept].isfinite().all()):
+            raise SettingError("known tokens must be finite floating-point numbers, as the tokenizer's encode gives")
+        return given.to(self._precision), kept
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """Tokens are kept in float32 whatever the model computes in; a float64 model keeps its own."""
+        return torch.promote_types(torch.float32, self.generator.dtype)
+
+    def begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        """A token is repainted when any of its pixels is."""
+        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
+        if bool(touched.all()):
+            return self._begin(class_labels, **settings)
+        tokens = self.tokenizer.encode(to_model_range(original))
+        return self._begin(class_labels, tokens=tokens, known=~touched, **settings)
+
+    @property
+    def token_pixels(self) -> int:
+        return self.tokenizer.image_size // self.tokenizer.side
+
+    # ---- looking at tokens
+
+    @torch.no_grad()
+    def decode_floats(self, step: Step | Tensor) -> Tensor:
+        """A Step, or tokens (B, N, C) -> images (B, 3, S, S) float32 in [0, 1]; masked tokens as zeros, the mean."""
+        self.check_tokenizer()
+        return to_unit_range(self.tokenizer.decode(step.tokens if isinstance(step, Step) else step))
+
+    def latent(self, step: Step) -> Tensor:
+        return step.tokens

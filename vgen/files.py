@@ -125,7 +125,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             # torch maps zip files only, and goes by the name of a path, but not by that of an open file
             mapped = file.read(2) == b"PK" and path.suffix != ".safetensors"
             file.seek(0)
-            # Training checkpoints of the MAE line (MAGE, MAR) keep their command line beside the tensors: a plain record.
+            # Checkpoints of the MAE line (MAGE, MAR) keep their command line beside the tensors: a plain record.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 loaded = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vgen.samplers.logits import share_guidance
 from vgen.samplers.masked import Draw, Plan, Select, by_order, random_order, scheduled, unmask
-from vgen.samplers.recap import FeaturePolicy
+from vgen.samplers.recap import Evaluations, FeaturePolicy
 from vgen.types import Rng, Step
 
 
@@ -79,31 +79,18 @@ class ContinuousGenerator(Protocol):
         ...
 
 
-class Conditions:
+class Conditions(Evaluations):
     """Conditions of one run, those of both branches of guidance side by side: (B, n, 2 W), or (B, n, W) without.
 
-    Both branches are rows of one batch, each with its own features. `scale` is the guidance of the last evaluation.
+    Tokens travel marked, (B, n, C + 1). `scale` is the guidance of the last evaluation, for the diffusion head.
     """
 
     def __init__(
         self, generator: ContinuousGenerator, class_labels: Tensor, null_class: int, guided: bool, cache_buffer: bool
     ) -> None:
-        null = torch.full_like(class_labels, null_class)
-        self.labels = torch.cat([class_labels, null]) if guided else class_labels
-        self.generator, self.guided, self.cache_buffer = generator, guided, cache_buffer
-        self.cache: Any = None
+        super().__init__(generator, class_labels, null_class, guided)
+        self.cache_buffer = cache_buffer
         self.scale: float | Tensor = 1.0
-        self.count = 0
-
-    def whole(self, tokens: Tensor, scale: float | Tensor, keep: bool) -> Tensor:
-        """Conditions of all marked tokens (B, N, C + 1); `keep` their features where partial evaluations follow."""
-        if keep and self.cache is None:
-            self.cache = self.generator.new_cache(len(self.labels))
-        return self._evaluate(tokens, None, self.cache if keep else None, scale)
-
-    def partial(self, tokens: Tensor, positions: Tensor, scale: float | Tensor) -> Tensor:
-        """Conditions of marked tokens (B, n, C + 1) at `positions` (B, n), against the features kept of the others."""
-        return self._evaluate(tokens, positions, self.cache, scale)
 
     def _evaluate(self, tokens: Tensor, positions: Tensor | None, cache: Any, scale: float | Tensor) -> Tensor:
         self.count += 1

@@ -1,20 +1,19 @@
 """The pipeline of MAR: continuous tokens unmasked in a random order, each drawn by a diffusion head."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vgen.data import to_model_range, to_unit_range
-from vgen.pipelines.base import Labels, Pipeline, as_tensor, build_settings
+from vgen.data import to_unit_range
+from vgen.pipelines.base import Labels, build_settings
+from vgen.pipelines.grid import GridPipeline
 from vgen.samplers.mar import MARSettings, mar
 from vgen.types import Output, Rng, SettingError, Step
 
 
-class MARPipeline(Pipeline):
+class MARPipeline(GridPipeline):
     """An autoencoder and a generator of its continuous tokens.
 
     Args:
@@ -26,27 +25,12 @@ class MARPipeline(Pipeline):
 
     samplers = ("mar",)
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        generator: Any,
-        id2label: dict[int, str] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, generator=generator)
-        names = {str(key): value for key, value in (id2label or {}).items()}
-        self.register_to_config(id2label=names, settings=dict(settings or {}))
-        if tokenizer is not None:
-            tokenizer.to(memory_format=torch.channels_last)
-            pairs = {
-                "number of tokens": (tokenizer.num_tokens, generator.config["num_tokens"]),
-                "token_dim": (tokenizer.token_dim, generator.config["token_dim"]),
-            }
-            for name, (ours, theirs) in pairs.items():
-                if ours != theirs:
-                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
-        self._settings({})  # a model with impossible defaults is refused at once
+    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+        config, tokenizer = self.generator.config, self.tokenizer
+        return {
+            "number of tokens": (tokenizer.num_tokens, config["num_tokens"]),
+            "token_dim": (tokenizer.token_dim, config["token_dim"]),
+        }
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
@@ -72,40 +56,16 @@ class MARPipeline(Pipeline):
 
         Raises SettingError (a ValueError) naming the value and the remedy.
         """
-        if output_type != "latent":
-            self.check_tokenizer()
-        steps, rng = self._begin(class_labels, **settings)
-        return self.run(steps, rng, output_type)
+        return self.sample(class_labels, output_type, settings)
 
-    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
-        """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they
-        are checked before the first step is asked for."""
-        return self._begin(class_labels, **settings)[0]
-
-    def _begin(
-        self,
-        class_labels: Labels,
-        *,
-        seeds: Sequence[int] | int | None = None,
-        generator: torch.Generator | None = None,
-        sampler: str | None = None,
-        tokens: Any = None,
-        known: Any = None,
-        **settings: Any,
-    ) -> tuple[Iterator[Step], Rng]:
-        chosen = self._settings(settings, sampler)
-        labels, rng = self.inputs(class_labels, seeds, generator)
-        latents, kept = self._given(tokens, known, len(labels))
-        loop = mar(self.generator, labels, self.null_class, latents, kept, rng, chosen)
-        return self.without_gradients(loop), rng
+    def steps(
+        self, labels: Tensor, rng: Rng, tokens: Tensor, known: Tensor, sampler: str, settings: MARSettings
+    ) -> Iterator[Step]:
+        return mar(self.generator, labels, self.null_class, tokens, known, rng, settings)
 
     # ---- settings
 
-    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
-        return dataclasses.asdict(self._settings(settings, sampler))
-
-    def _settings(self, settings: dict[str, Any], sampler: str | None = None) -> MARSettings:
-        """The model's defaults and the settings given, checked."""
+    def chosen_settings(self, settings: dict[str, Any], sampler: str | None) -> MARSettings:
         self.resolve_sampler(sampler)
         number = self.generator.config["num_tokens"]
         defaults = {"steps": min(MARSettings.steps, number)} | self.config["settings"]
@@ -131,24 +91,14 @@ class MARPipeline(Pipeline):
 
     # ---- given tokens
 
-    def _given(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+    def given_tokens(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, C) and which are known, (B, N) bool."""
         number, width = self.generator.config["num_tokens"], self.generator.config["token_dim"]
         if tokens is None and known is None:
             kept = torch.zeros(batch, number, device=self.device, dtype=torch.bool)
             return torch.zeros(batch, number, width, device=self.device, dtype=self._precision), kept
-        if tokens is None or known is None:
-            raise SettingError("tokens and known belong together: give both, or neither")
-        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
-        for what, value, shape in (("tokens", given, (number, width)), ("known", kept, (number,))):
-            if value.shape not in (shape, (1, *shape), (batch, *shape)):
-                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {shape} or {(batch, *shape)}")
-        if kept.dtype != torch.bool:
-            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
-        given, kept = given.expand(batch, number, width), kept.expand(batch, number)
+        given, kept = self.both_given(tokens, known, batch, (number, width))
         counts = kept.sum(1).tolist()
-        if max(counts) == number:
-            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
         if len(set(counts)) > 1:
             raise SettingError(
                 f"rows with {min(counts)} and {max(counts)} known tokens: MAR takes equally many in each, sample "
@@ -162,20 +112,6 @@ class MARPipeline(Pipeline):
     def _precision(self) -> torch.dtype:
         """Tokens are kept in float32 whatever the model computes in; a float64 model keeps its own."""
         return torch.promote_types(torch.float32, self.generator.dtype)
-
-    def begin_edit(
-        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
-    ) -> tuple[Iterator[Step], Rng]:
-        """A token is repainted when any of its pixels is."""
-        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
-        if bool(touched.all()):
-            return self._begin(class_labels, **settings)
-        tokens = self.tokenizer.encode(to_model_range(original))
-        return self._begin(class_labels, tokens=tokens, known=~touched, **settings)
-
-    @property
-    def token_pixels(self) -> int:
-        return self.tokenizer.image_size // self.tokenizer.side
 
     # ---- looking at tokens
 

@@ -1,15 +1,14 @@
 """The pipeline of the families that unmask a grid of tokens: MaskGIT, masked diffusion, MAGE."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vgen.data import to_model_range, to_unit_range
-from vgen.pipelines.base import Labels, Pipeline, as_tensor, build_settings
+from vgen.data import to_unit_range
+from vgen.pipelines.base import Labels, build_settings
+from vgen.pipelines.grid import GridPipeline
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
 from vgen.samplers.logits import share_guidance
 from vgen.samplers.masked import (
@@ -41,7 +40,7 @@ READERS = {
 }
 
 
-class MaskedPipeline(Pipeline):
+class MaskedPipeline(GridPipeline):
     """A single-scale tokenizer and a generator that predicts masked tokens.
 
     Args:
@@ -53,27 +52,12 @@ class MaskedPipeline(Pipeline):
 
     samplers = ("maskgit", "halton", "random", "first-hitting", "ancestral", "ancestral-categorical")
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        generator: Any,
-        id2label: dict[int, str] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, generator=generator)
-        names = {str(key): value for key, value in (id2label or {}).items()}
-        self.register_to_config(id2label=names, settings=dict(settings or {}))
-        if tokenizer is not None:
-            tokenizer.to(memory_format=torch.channels_last)
-            pairs = {
-                "vocab_size": (tokenizer.config["vocab_size"], generator.config["vocab_size"]),
-                "number of tokens": (tokenizer.num_tokens, generator.config["num_tokens"]),
-            }
-            for name, (ours, theirs) in pairs.items():
-                if ours != theirs:
-                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
-        self._settings({}, None)  # a model with impossible defaults is refused at once
+    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+        config, tokenizer = self.generator.config, self.tokenizer
+        return {
+            "vocab_size": (tokenizer.config["vocab_size"], config["vocab_size"]),
+            "number of tokens": (tokenizer.num_tokens, config["num_tokens"]),
+        }
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
@@ -99,47 +83,26 @@ class MaskedPipeline(Pipeline):
 
         Raises SettingError (a ValueError) naming the value and the remedy.
         """
-        if output_type != "latent":
-            self.check_tokenizer()
-        steps, rng = self._begin(class_labels, **settings)
-        return self.run(steps, rng, output_type)
+        return self.sample(class_labels, output_type, settings)
 
-    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
-        """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they
-        are checked before the first step is asked for."""
-        return self._begin(class_labels, **settings)[0]
-
-    def _begin(
-        self,
-        class_labels: Labels,
-        *,
-        seeds: Sequence[int] | int | None = None,
-        generator: torch.Generator | None = None,
-        sampler: str | None = None,
-        tokens: Any = None,
-        known: Any = None,
-        **settings: Any,
-    ) -> tuple[Iterator[Step], Rng]:
-        chosen, name = self._settings(settings, sampler), self.resolve_sampler(sampler)
-        labels, rng = self.inputs(class_labels, seeds, generator)
-        given, kept = self._given(tokens, known, len(labels))
-        guided = chosen.guidance_scale != 1 and bool((labels != self.null_class).any())
+    def steps(
+        self, labels: Tensor, rng: Rng, tokens: Tensor, known: Tensor, sampler: str, settings: MaskedSettings
+    ) -> Iterator[Step]:
+        guided = settings.guidance_scale != 1 and bool((labels != self.null_class).any())
         evaluations = Evaluations(self.generator, labels, self.null_class, guided)
-        scale_at = share_guidance(chosen.guidance_scale, chosen.guidance_schedule, self.device)
-        if name == "ancestral-categorical":
-            steps = chosen.steps or DEFAULT_STEPS[name]
-            mask = self.generator.mask_token_id
-            loop = ancestral_categorical(evaluations, given, kept, rng, chosen, steps, mask, scale_at)
-            return self.without_gradients(loop), rng
-        plan = self._plan(name, chosen, rng, kept)
-        groups = FeaturePolicy(full_steps=chosen.full_steps, partial_steps=chosen.partial_steps).groups(plan.steps)
-        if name == "maskgit":
-            select = by_confidence(rng, chosen, plan, groups)
+        scale_at = share_guidance(settings.guidance_scale, settings.guidance_schedule, self.device)
+        if sampler == "ancestral-categorical":
+            steps, mask = settings.steps or DEFAULT_STEPS[sampler], self.generator.mask_token_id
+            return ancestral_categorical(evaluations, tokens, known, rng, settings, steps, mask, scale_at)
+        plan = self._plan(sampler, settings, rng, known)
+        groups = FeaturePolicy(full_steps=settings.full_steps, partial_steps=settings.partial_steps).groups(plan.steps)
+        if sampler == "maskgit":
+            select = by_confidence(rng, settings, plan, groups)
         else:
-            order = halton_order if name == "halton" else random_order
-            select = by_order(order(rng, kept.shape[1]))
-        loop = unmask(evaluations, given, kept, plan, groups, select, token_draw(rng, chosen, plan), scale_at)
-        return self.without_gradients(loop), rng
+            order = halton_order if sampler == "halton" else random_order
+            select = by_order(order(rng, known.shape[1]))
+        draw = token_draw(rng, settings, plan)
+        return unmask(evaluations, tokens, known, plan, groups, select, draw, scale_at)
 
     def _plan(self, name: str, chosen: MaskedSettings, rng: Rng, known: Tensor) -> Plan:
         if name == "first-hitting":
@@ -152,11 +115,7 @@ class MaskedPipeline(Pipeline):
 
     # ---- settings
 
-    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
-        return dataclasses.asdict(self._settings(settings, sampler))
-
-    def _settings(self, settings: dict[str, Any], sampler: str | None) -> MaskedSettings:
-        """The model's defaults and the settings given, checked."""
+    def chosen_settings(self, settings: dict[str, Any], sampler: str | None) -> MaskedSettings:
         name, config = self.resolve_sampler(sampler), self.generator.config
         defaults = {key: value for key, value in self.config["settings"].items() if name in READERS.get(key, (name,))}
         if name != self.samplers[0]:
@@ -204,45 +163,18 @@ class MaskedPipeline(Pipeline):
 
     # ---- given tokens
 
-    def _given(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+    def given_tokens(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, N) with the mask's id where they are not known, and which are known, (B, N) bool."""
         number, mask = self.generator.config["num_tokens"], self.generator.mask_token_id
         if tokens is None and known is None:
             given = torch.full((batch, number), mask, device=self.device)
             return given, given != mask
-        if tokens is None or known is None:
-            raise SettingError("tokens and known belong together: give both, or neither")
-        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
-        for what, value in (("tokens", given), ("known", kept)):
-            if value.shape not in ((number,), (1, number), (batch, number)):
-                expected = f"({number},) or ({batch}, {number})"
-                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {expected}")
-        if kept.dtype != torch.bool:
-            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
-        kept = kept.expand(batch, number)
-        if bool(kept.all(1).any()):
-            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
+        given, kept = self.both_given(tokens, known, batch, (number,))
         whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
-        given = given.long().expand(batch, number) if whole else given
+        given = given.long() if whole else given
         if not whole or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
             raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
         return given.masked_fill(~kept, mask), kept
-
-    def begin_edit(
-        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
-    ) -> tuple[Iterator[Step], Rng]:
-        """A token is repainted when any of its pixels is."""
-        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
-        if bool(touched.all()):
-            known = tokens = None
-        else:
-            tokens, known = self.tokenizer.encode(to_model_range(original)), ~touched
-            tokens = tokens[0] if len(tokens) == 1 else tokens
-        return self._begin(class_labels, tokens=tokens, known=known, **settings)
-
-    @property
-    def token_pixels(self) -> int:
-        return self.tokenizer.image_size // self.tokenizer.side
 
     # ---- looking at tokens
 

@@ -1,0 +1,126 @@
+"""What the pipelines that reveal a grid of tokens share, whether tokens are codes or vectors."""
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgen.data import to_model_range
+from vgen.pipelines.base import Labels, Pipeline, as_tensor
+from vgen.types import Output, Rng, SettingError, Step
+
+
+class GridPipeline(Pipeline):
+    """A tokenizer of one grid of tokens and a generator that reveals them. Families subclass this.
+
+    Args:
+        tokenizer: images to tokens and back; None gives tokens only.
+        generator: what predicts the masked ones.
+        id2label: class names by id.
+        settings: this model's default sampling settings.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        generator: Any,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        names = {str(key): value for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, settings=dict(settings or {}))
+        if tokenizer is not None:
+            tokenizer.to(memory_format=torch.channels_last)
+            for name, (ours, theirs) in self.shared_sizes().items():
+                if ours != theirs:
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+        self.chosen_settings({}, None)  # a model with impossible defaults is refused at once
+
+    # ---- what families provide
+
+    @abstractmethod
+    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+        """By name, what tokenizer and generator must agree on."""
+
+    @abstractmethod
+    def chosen_settings(self, settings: dict[str, Any], sampler: str | None) -> Any:
+        """The model's defaults and the settings given, checked: a dataclass. Raises SettingError."""
+
+    @abstractmethod
+    def given_tokens(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, ...), whatever serves as masked where they are not known, and which are, (B, N) bool."""
+
+    @abstractmethod
+    def steps(
+        self, labels: Tensor, rng: Rng, tokens: Tensor, known: Tensor, sampler: str, settings: Any
+    ) -> Iterator[Step]:
+        """The steps of a run, all arguments checked."""
+
+    # ---- calling
+
+    def sample(self, class_labels: Labels, output_type: str, settings: dict[str, Any]) -> Output:
+        """The call of every family."""
+        if output_type != "latent":
+            self.check_tokenizer()
+        steps, rng = self.begin(class_labels, **settings)
+        return self.run(steps, rng, output_type)
+
+    def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
+        """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they
+        are checked before the first step is asked for."""
+        return self.begin(class_labels, **settings)[0]
+
+    def begin(
+        self,
+        class_labels: Labels,
+        *,
+        seeds: Sequence[int] | int | None = None,
+        generator: torch.Generator | None = None,
+        sampler: str | None = None,
+        tokens: Any = None,
+        known: Any = None,
+        **settings: Any,
+    ) -> tuple[Iterator[Step], Rng]:
+        """The steps of a call and their noise."""
+        chosen, name = self.chosen_settings(settings, sampler), self.resolve_sampler(sampler)
+        labels, rng = self.inputs(class_labels, seeds, generator)
+        given, kept = self.given_tokens(tokens, known, len(labels))
+        return self.without_gradients(self.steps(labels, rng, given, kept, name, chosen)), rng
+
+    def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
+        return dataclasses.asdict(self.chosen_settings(settings, sampler))
+
+    def begin_edit(
+        self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
+    ) -> tuple[Iterator[Step], Rng]:
+        """A token is repainted when any of its pixels is."""
+        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
+        if bool(touched.all()):
+            return self.begin(class_labels, **settings)
+        tokens = self.tokenizer.encode(to_model_range(original))
+        return self.begin(class_labels, tokens=tokens, known=~touched, **settings)
+
+    @property
+    def token_pixels(self) -> int:
+        return self.tokenizer.image_size // self.tokenizer.side
+
+    def both_given(self, tokens: Any, known: Any, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, *shape) and what is known of them (B, N) bool, of the right shapes. Raises SettingError."""
+        if tokens is None or known is None:
+            raise SettingError("tokens and known belong together: give both, or neither")
+        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
+        for what, value, wanted in (("tokens", given, shape), ("known", kept, shape[:1])):
+            if value.shape not in (wanted, (1, *wanted), (batch, *wanted)):
+                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {wanted} or {(batch, *wanted)}")
+        if kept.dtype != torch.bool:
+            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
+        kept = kept.expand(batch, shape[0])
+        if bool(kept.all(1).any()):
+            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
+        return given.expand(batch, *shape), kept

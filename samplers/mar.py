@@ -88,7 +88,8 @@ class Conditions(Evaluations):
     def __init__(
         self, generator: ContinuousGenerator, class_labels: Tensor, null_class: int, guided: bool, cache_buffer: bool
     ) -> None:
-        super().__init__(generator, class_labels, null_class, guided)
+        super().__init__(generator, class_labels, null_class, guided)  # type: ignore[arg-type]
+        self.generator: Any = generator
         self.cache_buffer = cache_buffer
         self.scale: float | Tensor = 1.0
 

@@ -243,19 +243,18 @@ def _halton(num_tokens: int) -> list[int]:
     point = 0
     while len(cells) < num_tokens:
         point += 1
-        row, column = int(_radical_inverse(point, 2) * side), int(_radical_inverse(point, 3) * side)
+        row, column = (_mirrored_cell(point, base, side) for base in (2, 3))
         cells[row * side + column] = None
     return list(cells)
 
 
-def _radical_inverse(number: int, base: int) -> float:
-    """The digits of `number` mirrored behind the point."""
-    value, unit = 0.0, 1.0
+def _mirrored_cell(number: int, base: int, side: int) -> int:
+    """The cell, of `side` in a row, of the digits of `number` mirrored behind the point; in integers, hence exact."""
+    value, scale = 0, 1
     while number:
-        unit /= base
         number, digit = divmod(number, base)
-        value += digit * unit
-    return value
+        value, scale = value * base + digit, scale * base
+    return value * side // scale
 
 
 # ---- how many tokens

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vgen.samplers.logits import guide
 from vgen.samplers.schedules import group_steps
+from vgen.types import MaskedGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,10 @@ class FeaturePolicy:
 class Evaluations:
     """Guided logits of one run. Both branches of guidance are rows of one batch, each with its own features."""
 
-    def __init__(self, generator: Any, class_labels: Tensor, null_class: int, guided: bool) -> None:
+    def __init__(self, generator: MaskedGenerator, class_labels: Tensor, null_class: int, guided: bool) -> None:
         null = torch.full_like(class_labels, null_class)
         self.labels = torch.cat([class_labels, null]) if guided else class_labels
-        self.generator, self.guided = generator, guided  # a vgen.types.MaskedGenerator, or MAR's
+        self.generator, self.guided = generator, guided
         self.cache: Any = None
         self.count = 0
 

@@ -379,7 +379,7 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 def _print_table(lines: list[list[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:

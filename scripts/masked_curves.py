@@ -58,7 +58,8 @@ def points() -> list[dict[str, Any]]:
 def main(
     model: Annotated[str, typer.Option(help="A masked model.")] = "fashion-maskgit",
     number: Annotated[int, typer.Option(help="Samples per point.")] = 500,
-    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 2.0,
+    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 3.0,
+    only: Annotated[str, typer.Option(help="Measure these samplers alone, separated by commas.")] = "",
     data_root: Annotated[str | None, typer.Option(help="Where Fashion-MNIST lies.")] = None,
     out: Annotated[Path, typer.Option(help="Table; its .md and .png are written beside it.")] = Path(
         "docs/results/masked-curves.json"
@@ -71,6 +72,8 @@ def main(
     shared = {"model": model, "checkpoint": pipeline.checkpoint(), "number": number, "guidance_scale": guidance_scale}
     rows = json.loads(out.read_text()) if out.exists() else []
     for point in points():
+        if only and point["sampler"] not in only.split(","):
+            continue
         if any((shared | point).items() <= row.items() for row in rows):
             continue
         timed = Timed(pipeline)

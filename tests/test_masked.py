@@ -9,36 +9,17 @@ from golden_weights import fill, golden_figures, golden_layout
 from tiny_models import randomise
 from torch import Tensor
 
+import vgen
 from vgen.generators.masked import MaskedTransformer
 from vgen.types import SettingError
-
-NAMES = {
-    "token_emb.word_embeddings.weight": "token_embed.weight",
-    "token_emb.position_embeddings.weight": "position",
-    "token_emb.LayerNorm.": "token_norm.",
-    "context_embed.word_embeddings.weight": "class_embed.weight",
-    "context_embed.position_embeddings.weight": "class_position",
-    "context_embed.LayerNorm.": "class_norm.",
-    "mlm_layer.fc.": "head_fc.",
-    "mlm_layer.ln.": "head_norm.",
-    "mlm_layer.bias": "head_bias",
-    ".attn.": ".",
-    ".mlp.": ".",
-}
 
 
 @pytest.fixture(scope="module")
 def golden() -> tuple[MaskedTransformer, dict[str, Tensor]]:
     layout = golden_layout("maskgit")
-    model = MaskedTransformer(num_tokens=25, vocab_size=20, num_classes=6, width=96, depth=3, heads=layout["num_heads"])
-    state = {}
-    for name, shape in layout["transformer"].items():
-        tensor, ours = fill(name, shape), name
-        for old, new in NAMES.items():
-            ours = ours.replace(old, new)
-        state[ours] = tensor.flatten() if ours in ("class_position", "head_bias") else tensor
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False), golden_figures("maskgit")
+    state = {name: fill(name, shape) for name, shape in layout["transformer"].items()}
+    pipeline = vgen.convert("maskgit", transformer=state, heads=layout["num_heads"])
+    return pipeline.generator, golden_figures("maskgit")
 
 
 def tiny(depth: int = 3) -> MaskedTransformer:

@@ -121,6 +121,10 @@ class MaskedPipeline(GridPipeline):
         if name != self.samplers[0]:
             for key in ("steps", "full_steps", "partial_steps"):  # the model's are its default sampler's
                 defaults.pop(key, None)
+        if isinstance(steps := settings.get("steps"), int):  # a shorter run than the model's: its ReCAP gives way
+            for key, most in (("full_steps", steps), ("partial_steps", steps - 1)):
+                if key in defaults:
+                    defaults[key] = max(0, min(defaults[key], most))
         bounds: dict[str, tuple[float, float]] = {
             "guidance_scale": (0.0, 1000.0),
             "top_k": (0, config["vocab_size"]),

@@ -94,6 +94,8 @@ class TrainingConfig:
             raise SettingError(
                 f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
             )
+        if self.sample_settings and self.family != "masked":
+            raise SettingError(f"sample_settings serve the family 'masked', not {self.family!r}: leave them out")
         if self.kind == "generator" and not self.tokenizer:
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 

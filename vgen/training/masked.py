@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vgen.generators.masked import MaskedTransformer
 from vgen.pipelines.masked import MaskedPipeline
 from vgen.tokenizers.vqgan import VQGAN
+from vgen.training.config import TrainingConfig
 from vgen.training.generators import GeneratorTask
 
 BETA = torch.distributions.Beta(12.0, 3.0)  # AutoNAT's law of the masked share
@@ -48,6 +49,10 @@ class MaskedTask(GeneratorTask):
 
     model_class = MaskedTransformer
     tokenizer_class = VQGAN
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__(config)
+        self.pipeline()  # wrong `sample_settings` show before the first step, not after the last
 
     def decided(self) -> dict[str, Any]:
         return {"num_tokens": self.tokenizer.num_tokens, "vocab_size": self.tokenizer.config["vocab_size"]}

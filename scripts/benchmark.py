@@ -159,7 +159,7 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
 @app.command("masked")
 def compare_masked(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Timed runs per configuration, after one to warm up.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed runs per configuration, the first of which counts FLOPs.")] = 1,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -4,11 +4,13 @@ Images are taken in chunks of fixed bounds, whichever process takes them: the fi
 are. Each process takes every n-th chunk, so none is padded or taken twice.
 """
 
+import atexit
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,21 @@ def space_of(extractor: Extractor, layer: str) -> str:
 def processes() -> PartialState:
     """This process among those that torchrun started; alone without it."""
     on_cpu = not torch.cuda.is_available()
-    return PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # others may wait long for the slowest
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # others may wait long for the slowest
+    if state.num_processes > 1:
+        _leave_group_at_exit()
+    return state
+
+
+@cache
+def _leave_group_at_exit() -> None:
+    """Left to the interpreter's end, a process whose peer is gone first may abort."""
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def extract(images: ImageSet, wanted: Wanted, store: FeatureStore, batch_size: int = 64) -> Features:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vgen.samplers.logits import temper, truncate
-from vgen.samplers.masked import TIMES_KEY, MaskedSettings, Plan, pad, take
+from vgen.samplers.masked import TIMES_KEY, MaskedSettings, Plan, pad, padded_columns, take
 from vgen.samplers.recap import Evaluations, FeaturePolicy
 from vgen.samplers.schedules import reveal_counts
 from vgen.types import Rng, Step
@@ -149,10 +149,8 @@ def ancestral_categorical(
 def _masked_places(known: Tensor) -> tuple[Tensor, Tensor]:
     """Columns 0..n-1, rows with fewer masked tokens repeating their last, and the positions behind them, (B, n) each;
     rows with none have a known one."""
-    masked = (~known).sum(1, keepdim=True)
-    order = known.byte().argsort(dim=1, stable=True)
-    columns = torch.arange(int(masked.max()), device=known.device).minimum((masked - 1).clamp_min(0))
-    return columns, order.gather(1, columns)
+    columns = padded_columns((~known).sum(1))
+    return columns, known.byte().argsort(dim=1, stable=True).gather(1, columns)
 
 
 def draw_or_mask(logits: Tensor, reveal: float, noise: Tensor, bits: int = 0) -> Tensor:

@@ -99,7 +99,7 @@ def unmask(
         outputs = evaluate.whole(tokens, scales[0], keep=len(group) > 1)
         order, kept = select(outputs, known, number)
         # Rows that reveal fewer tokens than others repeat their last one, which changes nothing.
-        columns = torch.arange(int(ends[:, -1].max())).minimum((ends[:, -1:] - 1).clamp_min(0)).to(tokens.device)
+        columns = padded_columns(ends[:, -1]).to(tokens.device)
         places = order.gather(1, columns)
         outputs = take(outputs, places)
         given, given_known = take(tokens, places), known.gather(1, places)
@@ -134,6 +134,11 @@ def _put(values: Tensor, low: int, where: Tensor, new: Tensor, columns: Tensor) 
     values = values.clone()
     values[:, span] = torch.where(_like(where, new), new, values[:, span])
     return take(values, columns)
+
+
+def padded_columns(counts: Tensor) -> Tensor:
+    """Columns 0..n-1 for the largest of `counts` (B,), rows with fewer repeating their last: (B, n)."""
+    return torch.arange(int(counts.max()), device=counts.device).minimum((counts[:, None] - 1).clamp_min(0))
 
 
 def take(tokens: Tensor, places: Tensor) -> Tensor:

@@ -6,11 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.converters.shared import Source, State, build, count, inferring, read_state, rename, require
+from vgen.converters.shared import (
+    Source,
+    State,
+    build,
+    count,
+    inferring,
+    labels,
+    network_size,
+    read_state,
+    rename,
+    require,
+)
 from vgen.generators.mar import MAR
 from vgen.pipelines.mar import MARPipeline
 from vgen.tokenizers.kl import KLAutoencoder
-from vgen.types import CheckpointError, SettingError
+from vgen.types import CheckpointError
 
 
 def convert_mar(
@@ -27,15 +38,13 @@ def convert_mar(
     """
     with inferring("MAR transformer"):
         generator = _generator(read_state(transformer, "transformer", ("model_ema", "model")), heads)
-    classes = generator.config["num_classes"]
-    if class_names and len(class_names) != classes:
-        raise SettingError(f"{len(class_names)} class names for {classes} classes: give one for each")
+    names = labels(class_names, generator.config["num_classes"])
     converted = None
     if tokenizer is not None:
         with inferring("MAR autoencoder"):
             state = read_state(tokenizer, "tokenizer", ("model",))
             converted = _autoencoder(state, generator.config["num_tokens"])
-    return MARPipeline(converted, generator, id2label=dict(enumerate(class_names or [])))
+    return MARPipeline(converted, generator, id2label=names)
 
 
 # ---- the transformer
@@ -104,18 +113,13 @@ def _autoencoder(state: State, num_tokens: int) -> KLAutoencoder:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise CheckpointError(f"the transformer has {num_tokens} tokens, which form no square: leave the tokenizer out")
-    base, channels = state["encoder.conv_in.weight"].shape[:2]
-    levels = count(state, r"^encoder\.down\.(\d+)\.")
-    blocks = count(state, r"^encoder\.down\.0\.block\.(\d+)\.")
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    size = network_size(state)
+    levels, blocks = len(size["channel_multipliers"]), size["blocks"]
     names = kl_names(levels, blocks)
     config = {
         "side": side,
         "token_dim": state["post_quant_conv.weight"].shape[0],
-        "image_channels": channels,
-        "base_channels": base,
-        "channel_multipliers": [width // base for width in widths],
-        "blocks": blocks,
+        **size,
         "attention_levels": [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
     }
     renamed = {rename(name, names): _as_linear(name, tensor) for name, tensor in state.items()}

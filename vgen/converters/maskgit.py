@@ -6,7 +6,18 @@ from typing import Any
 
 import torch
 
-from vgen.converters.shared import Source, State, build, count, inferring, read_state, rename, require
+from vgen.converters.shared import (
+    Source,
+    State,
+    build,
+    count,
+    inferring,
+    labels,
+    network_size,
+    read_state,
+    rename,
+    require,
+)
 from vgen.generators.mage import MAGE
 from vgen.generators.masked import MaskedTransformer
 from vgen.pipelines.masked import MaskedPipeline
@@ -48,11 +59,8 @@ def convert_maskgit(
     """
     with inferring("MaskGIT transformer"):
         generator = _maskgit_generator(read_state(transformer, "transformer"), heads)
-    classes = generator.config["num_classes"]
-    if class_names and len(class_names) != classes:
-        raise SettingError(f"{len(class_names)} class names for {classes} classes: give one for each")
+    names = labels(class_names, generator.config["num_classes"])
     converted = None if tokenizer is None else _vqgan(tokenizer, generator.config["num_tokens"])
-    names = dict(enumerate(class_names or []))
     return MaskedPipeline(converted, generator, id2label=names, settings=_settings(MASKGIT_SETTINGS, generator))
 
 
@@ -231,17 +239,11 @@ def _vqgan(source: Source, num_tokens: int) -> VQGAN:
         if side * side != num_tokens:
             raise CheckpointError(f"the transformer has {num_tokens} tokens, which form no square grid")
         vocab_size, code_dim = state["quantize.embedding.weight"].shape
-        base, channels = state["encoder.conv_in.weight"].shape[:2]
-        levels = count(state, r"^encoder\.down\.(\d+)\.")
-        widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
         config = {
             "side": side,
             "vocab_size": vocab_size,
             "code_dim": code_dim,
-            "image_channels": channels,
-            "base_channels": base,
-            "channel_multipliers": [width // base for width in widths],
-            "blocks": count(state, r"^encoder\.down\.0\.block\.(\d+)\."),
+            **network_size(state),
         }
         renamed = _renamed(state, VQGAN_NAMES, "VQGAN")
         renamed.setdefault("codebook.usage", torch.zeros(1, vocab_size))  # our statistics, which start at nothing

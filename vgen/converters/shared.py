@@ -63,6 +63,26 @@ def count(state: State, pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
+def labels(class_names: list[str] | None, classes: int) -> dict[int, str]:
+    """Class names by id. Raises SettingError where there is not one for each class."""
+    if class_names and len(class_names) != classes:
+        raise SettingError(f"{len(class_names)} class names for {classes} classes: give one for each")
+    return dict(enumerate(class_names or []))
+
+
+def network_size(state: State) -> dict[str, Any]:
+    """Channels, widths and blocks of an autoencoder with the published names of its convolutions."""
+    base, channels = state["encoder.conv_in.weight"].shape[:2]
+    levels = count(state, r"^encoder\.down\.(\d+)\.")
+    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    return {
+        "image_channels": channels,
+        "base_channels": base,
+        "channel_multipliers": [width // base for width in widths],
+        "blocks": count(state, r"^encoder\.down\.0\.block\.(\d+)\."),
+    }
+
+
 def rename(name: str, table: list[tuple[str, str]]) -> str:
     """`name` with the first matching prefix of the table's left column replaced by the right one."""
     for old, new in table:

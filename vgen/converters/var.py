@@ -5,7 +5,18 @@ from typing import Any
 
 import torch
 
-from vgen.converters.shared import Source, State, build, count, inferring, read_state, rename, require
+from vgen.converters.shared import (
+    Source,
+    State,
+    build,
+    count,
+    inferring,
+    labels,
+    network_size,
+    read_state,
+    rename,
+    require,
+)
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
@@ -29,15 +40,13 @@ def convert_var(
     """
     with inferring("VAR transformer"):
         generator = _var_generator(read_state(transformer, "transformer", ("var_wo_ddp", "mvar_wo_ddp")), scales, heads)
-    classes = generator.config["num_classes"]
-    if class_names and len(class_names) != classes:
-        raise SettingError(f"{len(class_names)} class names for {classes} classes: give one for each")
+    names = labels(class_names, generator.config["num_classes"])
     converted = None
     if tokenizer is not None:
         with inferring("VAR tokenizer"):
             state = read_state(tokenizer, "tokenizer", ("vae_local",))
             converted = _multiscale_tokenizer(state, list(generator.config["scales"]), phi_ratio)
-    return NextScalePipeline(converted, generator, id2label=dict(enumerate(class_names or [])))
+    return NextScalePipeline(converted, generator, id2label=names)
 
 
 # ---- VAR's transformer
@@ -114,10 +123,8 @@ VQ_NAMES = [
 def _multiscale_tokenizer(state: State, scales: list[int], phi_ratio: float) -> MultiScaleVQ:
     require(state, "VAR tokenizer", "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight")
     vocab_size, code_dim = state["quantize.embedding.weight"].shape
-    base, channels = state["encoder.conv_in.weight"].shape[:2]
-    levels = count(state, r"^encoder\.down\.(\d+)\.")
-    blocks = count(state, r"^encoder\.down\.0\.block\.(\d+)\.")
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    size = network_size(state)
+    levels = len(size["channel_multipliers"])
     renamed = {rename(name, VQ_NAMES): tensor for name, tensor in state.items()}
     usage = renamed.get("codebook.usage")
     if usage is None or usage.shape != (len(scales), vocab_size):
@@ -127,10 +134,7 @@ def _multiscale_tokenizer(state: State, scales: list[int], phi_ratio: float) -> 
         "scales": scales,
         "vocab_size": vocab_size,
         "code_dim": code_dim,
-        "image_channels": channels,
-        "base_channels": base,
-        "channel_multipliers": [width // base for width in widths],
-        "blocks": blocks,
+        **size,
         "attention_levels": [i for i in range(levels) if f"encoder.down.{i}.attn.0.qkv.weight" in state],
         "num_phi": count(renamed, r"^phi\.(\d+)\."),
         "phi_ratio": phi_ratio,

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from vgen.generators.masked import Block, MaskedCache
+from vgen.generators.masked import Block, MaskedCache, slots_of
 from vgen.layers import Linear, linear
 from vgen.types import SettingError
 
@@ -112,7 +112,8 @@ class MAGE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         they were at the last whole evaluation; those of the given tokens are replaced. Raises SettingError where
         shapes do not fit.
         """
-        slots = self._slots(tokens, positions, cache)
+        filled = cache is not None and cache.decoder.filled
+        slots = slots_of(tokens, positions, self.config["num_tokens"], filled)
         masked = F.pad(tokens == self.mask_token_id, (1, 0))[..., None]  # (B, n + 1, 1)
         start = self.start_embed.expand(len(tokens), 1, -1)
         x = torch.cat([start, self.token_embed(tokens)], 1)
@@ -123,18 +124,6 @@ class MAGE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = _run(self.decoder_blocks, x, cache.decoder if cache else None, slots)
         h = self.head_norm(F.gelu(self.head_fc(self.decoder_norm(x[:, 1:]))))
         return linear(h, self.token_embed.weight[: self.mask_token_id], self.head_bias).float()
-
-    def _slots(self, tokens: Tensor, positions: Tensor | None, cache: MAGECache | None) -> Tensor | None:
-        """Where the start token and the given tokens stand in the caches, (B, n + 1); None for everywhere."""
-        if positions is None:
-            if tokens.shape[1] != self.config["num_tokens"]:
-                raise SettingError(f"{tokens.shape[1]} tokens were given, the model takes {self.config['num_tokens']}")
-            return None
-        if cache is None or not cache.decoder.filled:
-            raise SettingError("a partial evaluation needs the cache of a whole one: call without positions first")
-        if positions.shape != tokens.shape:
-            raise SettingError(f"positions have shape {tuple(positions.shape)}, tokens {tuple(tokens.shape)}")
-        return F.pad(positions + 1, (1, 0))
 
 
 def _at(table: Tensor, slots: Tensor | None) -> Tensor:

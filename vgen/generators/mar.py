@@ -12,28 +12,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vgen.generators.diffusion_head import DiffusionHead
+from vgen.generators.masked import MaskedCache
 from vgen.layers import Linear, attention
 from vgen.types import SettingError
-
-
-class StackCache:
-    """Keys and values of one stack, a slot for each buffer and image token: (blocks, B, H, buffer + N, D) each."""
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-
-    def update(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, n, D) at `slots` (B, n); returns those of all slots."""
-        keys, values = self.keys[layer], self.values[layer]
-        index = slots[:, None, :, None].expand_as(k)
-        return keys.scatter_(2, index, k), values.scatter_(2, index, v)
 
 
 class MARCache:
     """Both stacks' keys and values, and which of the encoder's slots hold a token: masked ones are not encoded."""
 
-    def __init__(self, encoder: StackCache, decoder: StackCache) -> None:
+    def __init__(self, encoder: MaskedCache, decoder: MaskedCache) -> None:
         self.encoder, self.decoder = encoder, decoder
         _, batch, _, slots, _ = encoder.keys.shape
         self.encoded = torch.zeros(batch, slots, device=encoder.keys.device, dtype=torch.bool)
@@ -54,7 +41,7 @@ class Block(nn.Module):
         self.fc2 = Linear(mlp_ratio * width, width)
 
     def forward(
-        self, x: Tensor, cache: StackCache | None, layer: int, slots: Tensor, partial: bool, mask: Tensor | None
+        self, x: Tensor, cache: MaskedCache | None, layer: int, slots: Tensor, partial: bool, mask: Tensor | None
     ) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
@@ -124,9 +111,9 @@ class MAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Preallocated state for evaluations of `batch` rows."""
         config, weight = self.config, self.mask_token
 
-        def stack(depth: int) -> StackCache:
+        def stack(depth: int) -> MaskedCache:
             slots, head_width = self.buffer + config["num_tokens"], config["width"] // config["heads"]
-            return StackCache((depth, batch, config["heads"], slots, head_width), weight.device, weight.dtype)
+            return MaskedCache((depth, batch, config["heads"], slots, head_width), weight.device, weight.dtype)
 
         return MARCache(stack(config["encoder_depth"]), stack(config["decoder_depth"]))
 
@@ -198,7 +185,7 @@ class MAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @staticmethod
     def _stack(
-        blocks: nn.ModuleList, x: Tensor, slots: Tensor, partial: bool, cache: StackCache | None, mask: Tensor | None
+        blocks: nn.ModuleList, x: Tensor, slots: Tensor, partial: bool, cache: MaskedCache | None, mask: Tensor | None
     ) -> Tensor:
         for layer, block in enumerate(blocks):
             x = block(x, cache, layer, slots, partial, mask)

@@ -17,7 +17,7 @@ from vgen.types import SettingError
 
 
 class MaskedCache:
-    """Keys and values of the class token (slot 0) and all N tokens in every block: (blocks, B, H, N + 1, D) each."""
+    """Keys and values of a stack of blocks, a slot for what stands in front and each token: (blocks, B, H, L, D)."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -139,7 +139,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         are evaluated, and the class token: all others take part as keys and values of the cache, as they were at the
         last whole evaluation; those of the given tokens are replaced. Raises SettingError where shapes do not fit.
         """
-        slots = self._slots(tokens, positions, cache)
+        slots = slots_of(tokens, positions, self.config["num_tokens"], cache is not None and cache.filled)
         place = self.position if positions is None else self.position[positions]
         x = self.token_norm(self.token_embed(tokens) + place)
         start = self.class_norm(self.class_embed(class_labels) + self.class_position)
@@ -174,14 +174,18 @@ class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         yield self.mid_block, "mid"
         yield from ((block, "out") for block in self.out_blocks)
 
-    def _slots(self, tokens: Tensor, positions: Tensor | None, cache: MaskedCache | None) -> Tensor | None:
-        """Where the class token and the given tokens stand in the cache, (B, n + 1); None for everywhere."""
-        if positions is None:
-            if tokens.shape[1] != self.config["num_tokens"]:
-                raise SettingError(f"{tokens.shape[1]} tokens were given, the model takes {self.config['num_tokens']}")
-            return None
-        if cache is None or not cache.filled:
-            raise SettingError("a partial evaluation needs the cache of a whole one: call without positions first")
-        if positions.shape != tokens.shape:
-            raise SettingError(f"positions have shape {tuple(positions.shape)}, tokens {tuple(tokens.shape)}")
-        return F.pad(positions + 1, (1, 0))
+
+def slots_of(tokens: Tensor, positions: Tensor | None, num_tokens: int, filled: bool) -> Tensor | None:
+    """Where the token in front and the given tokens (B, n) stand in a cache, (B, n + 1); None for everywhere.
+
+    Raises SettingError where shapes do not fit, or a partial evaluation has no cache that a whole one `filled`.
+    """
+    if positions is None:
+        if tokens.shape[1] != num_tokens:
+            raise SettingError(f"{tokens.shape[1]} tokens were given, the model takes {num_tokens}")
+        return None
+    if not filled:
+        raise SettingError("a partial evaluation needs the cache of a whole one: call without positions first")
+    if positions.shape != tokens.shape:
+        raise SettingError(f"positions have shape {tuple(positions.shape)}, tokens {tuple(tokens.shape)}")
+    return F.pad(positions + 1, (1, 0))

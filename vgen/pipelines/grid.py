@@ -124,3 +124,13 @@ class GridPipeline(Pipeline):
         if bool(kept.all(1).any()):
             raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
         return given.expand(batch, *shape), kept
+
+
+def check_recap(full_steps: int, partial_steps: int, steps: int) -> None:
+    """Raise SettingError where ReCAP's whole or partial evaluations do not fit a run of `steps`."""
+    if full_steps > steps:
+        raise SettingError(f"full_steps is {full_steps}: it must lie in 0..{steps}, the number of steps")
+    if partial_steps >= steps and partial_steps:
+        raise SettingError(
+            f"partial_steps is {partial_steps}: it must lie in 0..{steps - 1}, below the number of steps"
+        )

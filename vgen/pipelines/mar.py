@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vgen.data import to_unit_range
 from vgen.pipelines.base import Labels, build_settings
-from vgen.pipelines.grid import GridPipeline
+from vgen.pipelines.grid import GridPipeline, check_recap
 from vgen.samplers.mar import MARSettings, mar
 from vgen.types import Output, Rng, SettingError, Step
 
@@ -80,13 +80,7 @@ class MARPipeline(GridPipeline):
         }
         choices = {"guidance_schedule": ("linear", "constant"), "group_order": ("raster", "random")}
         chosen = build_settings(MARSettings, defaults | settings, bounds, choices)
-        if chosen.full_steps > chosen.steps:
-            raise SettingError(
-                f"full_steps is {chosen.full_steps}: it must lie in 0..{chosen.steps}, the number of steps"
-            )
-        if chosen.partial_steps >= chosen.steps and chosen.partial_steps:
-            limit = f"0..{chosen.steps - 1}, below the number of steps"
-            raise SettingError(f"partial_steps is {chosen.partial_steps}: it must lie in {limit}")
+        check_recap(chosen.full_steps, chosen.partial_steps, chosen.steps)
         return chosen
 
     # ---- given tokens

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vgen.data import to_unit_range
 from vgen.pipelines.base import Labels, build_settings
-from vgen.pipelines.grid import GridPipeline
+from vgen.pipelines.grid import GridPipeline, check_recap
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
 from vgen.samplers.logits import share_guidance
 from vgen.samplers.masked import (
@@ -156,12 +156,7 @@ class MaskedPipeline(GridPipeline):
             raise SettingError(f"steps is {chosen.steps}, but an image has {number} tokens: take 1..{number} steps")
         usual = DEFAULT_STEPS.get(name, number)
         steps = chosen.steps or (usual if timed else min(usual, number))
-        if chosen.full_steps > steps:
-            raise SettingError(f"full_steps is {chosen.full_steps}: it must lie in 0..{steps}, the number of steps")
-        if chosen.partial_steps >= steps and chosen.partial_steps:
-            raise SettingError(
-                f"partial_steps is {chosen.partial_steps}: it must lie in 0..{steps - 1}, below the number of steps"
-            )
+        check_recap(chosen.full_steps, chosen.partial_steps, steps)
         if name in DEFAULT_SCHEDULES:  # a schedule that reveals nothing at some step
             scheduled(torch.zeros(1, number, dtype=torch.bool), steps, chosen.mask_schedule or DEFAULT_SCHEDULES[name])
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgen.generators.var import MAX_LOG_SCALE, VAR, modulate, unit
+from vgen.generators.next_scale import MAX_LOG_SCALE, modulate, unit
+from vgen.generators.var import VAR
 
 
 class PublishedVAR:

@@ -376,7 +376,7 @@ def evaluate(
 
 @app.command()
 def convert(
-    family: Annotated[str, typer.Argument(help="var, maskgit, mage or mar.")],
+    family: Annotated[str, typer.Argument(help="var, mvar, maskgit, mage or mar.")],
     transformer: Annotated[Path, typer.Option(help="The published transformer, .pth or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
     tokenizer: Annotated[Path | None, typer.Option(help="The published tokenizer; images need it.")] = None,

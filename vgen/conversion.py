@@ -10,6 +10,7 @@ import torch
 
 from vgen.converters.mar import convert_mar
 from vgen.converters.maskgit import convert_mage, convert_maskgit
+from vgen.converters.mvar import convert_mvar
 from vgen.converters.shared import Source
 from vgen.converters.var import convert_var
 from vgen.files import atomic_folder, sha256
@@ -18,6 +19,7 @@ from vgen.types import SettingError
 
 FAMILIES: dict[str, Callable[..., Pipeline]] = {
     "var": convert_var,
+    "mvar": convert_mvar,
     "maskgit": convert_maskgit,
     "mage": convert_mage,
     "mar": convert_mar,
@@ -28,7 +30,7 @@ def convert(family: str, *, transformer: Source, tokenizer: Source | None = None
     """Turn published weights into a pipeline.
 
     Args:
-        family: "var", "maskgit", "mage" or "mar".
+        family: "var", "mvar", "maskgit", "mage" or "mar".
         transformer: a file (safetensors, or .pth without pickled objects) or a state dict.
         tokenizer: the same for the tokenizer; without it the pipeline gives no images.
         overrides: configuration values that shapes cannot tell, or tell wrongly.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from vgen.generators.mage import MAGE
 from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
+from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
@@ -25,7 +26,7 @@ from vgen.types import CheckpointError, SettingError
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
 PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline)}
-COMPONENTS = (MultiScaleVQ, VQGAN, KLAutoencoder, VAR, MaskedTransformer, MAGE, MAR)
+COMPONENTS = (MultiScaleVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -39,7 +39,20 @@ def convert_var(
     VAR's published cfg = c is guidance_scale = 1 + c here.
     """
     with inferring("VAR transformer"):
-        generator = _var_generator(read_state(transformer, "transformer", ("var_wo_ddp", "mvar_wo_ddp")), scales, heads)
+        state = read_state(transformer, "transformer", ("var_wo_ddp", "mvar_wo_ddp"))
+        if any(".mamba." in name for name in state):
+            raise CheckpointError(
+                "this is an M-VAR checkpoint (it has Mamba blocks), not a VAR one: convert it as mvar"
+            )
+        config = transformer_config(state, scales, heads, "VAR transformer")
+        generator = build(VAR, config, rename_transformer(state, VAR_NAMES), "VAR transformer", VAR_NAMES)
+    return with_tokenizer(generator, tokenizer, phi_ratio, class_names)
+
+
+def with_tokenizer(
+    generator: Any, tokenizer: Source | None, phi_ratio: float, class_names: list[str] | None
+) -> NextScalePipeline:
+    """The pipeline of a converted transformer and the tokenizer to convert, where there is one."""
     names = labels(class_names, generator.config["num_classes"])
     converted = None
     if tokenizer is not None:
@@ -49,7 +62,7 @@ def convert_var(
     return NextScalePipeline(converted, generator, id2label=names)
 
 
-# ---- VAR's transformer
+# ---- the transformer
 
 VAR_NAMES = [  # published, ours; {i} is a number
     ("word_embed.", "code_embed."),
@@ -65,15 +78,13 @@ VAR_NAMES = [  # published, ours; {i} is a number
     ("blocks.{i}.attn.scale_mul_1H11", "blocks.{i}.attn.log_scale"),
 ]
 # These follow from the configuration, and are dropped once it is known.
-VAR_BUFFERS = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias)$")
+BUFFERS = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.(zero_k_bias|patch_nums))$")
 
 
-def _var_generator(state: State, scales: list[int] | None, heads: int | None) -> VAR:
-    if any(".mamba." in name for name in state):
-        raise CheckpointError("this is an M-VAR checkpoint (it has Mamba blocks), not a VAR one")
-    require(state, "VAR transformer", "word_embed.weight", "pos_1LC", "class_emb.weight", "head.weight")
+def transformer_config(state: State, scales: list[int] | None, heads: int | None, what: str) -> dict[str, Any]:
+    """What the tensors of VAR's and M-VAR's transformers tell alike."""
+    require(state, what, "word_embed.weight", "pos_1LC", "class_emb.weight", "head.weight")
     width, code_dim = state["word_embed.weight"].shape
-    depth = count(state, r"^blocks\.(\d+)\.")
     qk_norm = "blocks.0.attn.scale_mul_1H11" in state
     told = state["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else heads or max(1, width // 64)  # as published
     if heads and heads != told:
@@ -84,18 +95,23 @@ def _var_generator(state: State, scales: list[int] | None, heads: int | None) ->
         "code_dim": code_dim,
         "num_classes": state["class_emb.weight"].shape[0] - 1,
         "width": width,
-        "depth": depth,
+        "depth": count(state, r"^blocks\.(\d+)\."),
         "heads": told,
         "qk_norm": qk_norm,
         "shared_adaln": "shared_ada_lin.1.weight" in state,
     }
     if sum(side * side for side in config["scales"]) != state["pos_1LC"].shape[1]:
         raise CheckpointError(f"scales {config['scales']} do not add up to the {state['pos_1LC'].shape[1]} positions")
-    renamed = {rename(name, VAR_NAMES): tensor for name, tensor in state.items() if not VAR_BUFFERS.match(name)}
+    return config
+
+
+def rename_transformer(state: State, names: list[tuple[str, str]]) -> State:
+    """The tensors under our names, less what follows from the configuration."""
+    renamed = {rename(name, names): tensor for name, tensor in state.items() if not BUFFERS.match(name)}
     for name, tensor in renamed.items():  # published tables have leading axes of 1, to be broadcast
         if name.endswith(("position", "log_scale", "adaln_table")):
             renamed[name] = tensor.flatten(0, 2 if name.endswith("adaln_table") else 1)
-    return build(VAR, config, renamed, "VAR transformer", VAR_NAMES)
+    return renamed
 
 
 def _scales_of(state: State) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
@@ -46,3 +47,9 @@ class NextScaleTask(GeneratorTask):
             self.tokenizer.to(tokens.device)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             return self.tokenizer.context(tokens.split(self.model.lengths, dim=1))
+
+
+class MVARTask(NextScaleTask):
+    """M-VAR: the same loss, another transformer."""
+
+    model_class = MVAR

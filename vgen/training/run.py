@@ -42,9 +42,9 @@ def build_task(config: TrainingConfig) -> Task:
 
         return ClassifierTask(config)
     from vgen.training.masked import MaskedTask
-    from vgen.training.next_scale import NextScaleTask
+    from vgen.training.next_scale import MVARTask, NextScaleTask
 
-    families = {"var": NextScaleTask, "masked": MaskedTask}
+    families = {"var": NextScaleTask, "mvar": MVARTask, "masked": MaskedTask}
     if config.family not in families:
         raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(families)}")
     return families[config.family](config)

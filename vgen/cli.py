@@ -412,17 +412,22 @@ def convert(
 
 @app.command()
 def info(
-    path: Annotated[str, typer.Argument(help="A PNG made by vgen, a model (name or folder) or a .safetensors file.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(help="A PNG made by vgen, a model (name or folder) or a .safetensors file; none: this machine."),
+    ] = None,
 ) -> None:
     """Print what a file holds, as JSON: the request in a picture, or a model's configuration and size.
+
+    Without a file, what this machine brings: versions, device, threads, and how Mamba's scans are computed.
 
     Example: vgen info samples/000000_c0007_s0.png
     """
     import json
 
-    from vgen.inspection import describe
+    from vgen.inspection import describe, describe_machine
 
-    print(json.dumps(describe(path), indent=2, sort_keys=True))
+    print(json.dumps(describe_machine() if path is None else describe(path), indent=2, sort_keys=True))
 
 
 @app.command()

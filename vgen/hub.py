@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from vgen.files import weight_files
 from vgen.generators.mage import MAGE
 from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
@@ -47,20 +48,21 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
     folder = find(str(name))
     chosen, kind = place(device, dtype)
     pipeline_class, components, config = _read_index(folder)
-    parts = {role: load_component(cls, folder / role, kind) for role, cls in components.items()}
+    places = component_folders(folder)
+    parts = {role: load_component(cls, places[role], kind) for role, cls in components.items()}
     try:
         pipeline = pipeline_class(**{role: parts.get(role) for role in ROLES}, **config)
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'model_index.json'} has settings of another kind: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.source, pipeline.folder = str(name), folder
+    pipeline.source, pipeline.folder, pipeline.files = str(name), folder, model_files(folder)
     return pipeline.to(chosen)
 
 
 def load_tokenizer(name: str | Path, *, device: Any = None, dtype: Any = None) -> tuple[Any, Path]:
     """A tokenizer and its folder: of a pipeline that `load` takes, or trained by itself. Raises like `load`."""
     own = Path(name).expanduser()
-    folder = own if (own / "config.json").is_file() else find(str(name)) / "tokenizer"
+    folder = own if (own / "config.json").is_file() else component_folders(find(str(name)))["tokenizer"]
     chosen, kind = place(device, dtype)
     try:
         class_name = json.loads((folder / "config.json").read_text())["_class_name"]
@@ -115,6 +117,23 @@ def find_local(name: str) -> Path | None:
     return None
 
 
+def component_folders(folder: Path) -> dict[str, Path]:
+    """Where the parts of a model lie: in its own folder, but a tokenizer also in that of the bundled model which
+    `model_index.json` names under `_tokenizer_of`. Raises CheckpointError where that is no bundled model."""
+    places = {role: folder / role for role in ROLES}
+    owner = _index(folder).get("_tokenizer_of")
+    if owner is not None:
+        if owner not in list_models():
+            raise CheckpointError(f"{folder} uses the tokenizer of {owner!r}, which is no bundled model: get it again")
+        places["tokenizer"] = ZOO / owner / "tokenizer"
+    return places
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's parts, in the order in which their hash is taken."""
+    return [file for role in sorted(ROLES) for file in weight_files(component_folders(folder)[role])]
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -131,12 +150,11 @@ def _download(name: str) -> Path:
 
 def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
     """The pipeline class, its components' classes and its settings. Only classes of this package are ever built."""
-    path = folder / "model_index.json"
+    path, index = folder / "model_index.json", _index(folder)
     try:
-        index = json.loads(path.read_text())
         name = index.pop("_class_name")
         named = {role: tuple(index.pop(role, (None, None))) for role in ROLES}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: get the model again") from error
     components = {role: found for role, found in named.items() if any(found)}
     if "generator" not in components:
@@ -147,6 +165,17 @@ def _read_index(folder: Path) -> tuple[type, dict[str, type], dict[str, Any]]:
         raise CheckpointError(f"{path} names {(strangers or [name])[0]}, which is no part of this version of vgen")
     config = {key: value for key, value in index.items() if key[0] != "_"}
     return PIPELINES[name], {role: known[found] for role, found in components.items()}, config
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: get the model again") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{path} is damaged: get the model again")
+    return index
 
 
 def load_component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
-from vgen import hub
-from vgen.files import safetensors_header, sha256, weight_files
+import torch
+
+from vgen import __version__, hub, scan
+from vgen.files import safetensors_header, sha256
 from vgen.media import read_request
 from vgen.types import CheckpointError, SettingError
 
@@ -27,6 +30,23 @@ def describe(path: str) -> dict[str, Any]:
     if folder is None:
         raise SettingError(f"{path} is no picture, model folder, .safetensors file or bundled model")
     return {"kind": "model", **_describe_model(folder)}
+
+
+def describe_machine() -> dict[str, Any]:
+    """What decides results and speed here: versions, the device that models are loaded on by default, threads, and
+    how Mamba's scans are computed."""
+    device, dtype = hub.place(None, None)
+    cuda = device.type == "cuda"
+    return {
+        "kind": "machine",
+        "vgen": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"cuda ({torch.cuda.get_device_name()})" if cuda else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "scan": scan.report(),
+    }
 
 
 def _describe_tensors(file: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -54,12 +74,13 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         components = {}
-        for config in sorted(folder.glob("*/config.json")):
-            values = json.loads(config.read_text())
-            components[config.parent.name] = {key: value for key, value in values.items() if key[0] != "_"}
+        for role, place in sorted(hub.component_folders(folder).items()):
+            if (config := place / "config.json").is_file():
+                values = json.loads(config.read_text())
+                components[role] = {key: value for key, value in values.items() if key[0] != "_"}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} has a damaged configuration: get the model again") from error
-    files = weight_files(folder)
+    files = hub.model_files(folder)
     shapes = [shape for file in files for shape in _shapes(file, safetensors_header(file)).values()]
     return {
         "pipeline": index.get("_class_name"),

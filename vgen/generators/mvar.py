@@ -126,8 +126,8 @@ class Block(AdaptiveBlock):
 
 def _within_scales(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Each scale attends to itself alone."""
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
-    return torch.cat([attention(*part, scale=scale) for part in parts], dim=2)
+    parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+    return torch.cat([attention(*part, None, scale) for part in parts], dim=2)
 
 
 class MVAR(NextScaleTransformer):

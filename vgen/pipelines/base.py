@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vgen import __version__
 from vgen.data import to_uint8
-from vgen.files import hash_tensors, sha256, weight_files
+from vgen.files import hash_tensors, sha256
 from vgen.media import to_pil
 from vgen.pipelines.editing import composite, to_mask, to_pixels
 from vgen.rng import BatchStream, SampleStreams
@@ -38,7 +38,8 @@ class Pipeline(DiffusionPipeline):
     _optional_components = ["tokenizer"]  # noqa: RUF012
     samplers: tuple[str, ...]  # the default first
     source: str = ""  # the name this pipeline was loaded by
-    folder: Path | None = None  # where its files lie
+    folder: Path | None = None  # where it was loaded from
+    files: Sequence[Path] = ()  # its weights there
 
     # ---- what families provide
 
@@ -250,8 +251,7 @@ class Pipeline(DiffusionPipeline):
     def checkpoint(self) -> str:
         """Hash of the weights: of the files where the pipeline was loaded from a folder, else of the tensors."""
         if not hasattr(self, "_checkpoint"):
-            files = weight_files(self.folder) if self.folder else []
-            self._checkpoint = sha256(*files) if files else self._hash_tensors()
+            self._checkpoint = sha256(*self.files) if self.files else self._hash_tensors()
         return self._checkpoint
 
     def _hash_tensors(self) -> str:

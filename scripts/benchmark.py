@@ -1,4 +1,5 @@
-"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `masked` or `evaluate`.
+"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `masked` or
+`evaluate`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
 be trusted more than seconds across machines.
@@ -151,6 +152,56 @@ def _run_var(job: dict[str, Any]) -> dict[str, Any]:
         "peak_gflops": peak,
         "tokens": hashlib.sha256(torch.cat(step.tokens, 1).cpu().numpy().tobytes()).hexdigest()[:8],
     }
+
+
+# ---- M-VAR-d16 at 256 and 512 px with random weights
+
+
+@app.command("mvar")
+def compare_mvar(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed runs per configuration, after one to warm up.")] = 2,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    dtypes: Annotated[str, typer.Option(help="Which of float32,bfloat16.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """One transformer pass of M-VAR-d16 over all scales of 256 and 512 px, guidance on, random weights: states carried
+    against Mamba over the whole prefix again, and against VAR-d16; then the scan alone, chunked against sequential.
+
+    "published" spends its time as the published loop does: the prefix again, modulations at every scale, torch's own
+    linear layers; "recomputed" differs from ours in the prefix alone.
+    """
+    from benchmark_mvar import SCALES, plans
+
+    shared = {"threads": threads, "repeats": repeats, "device": device}
+    lines = [
+        ["model", "loop", "dtype", "px", "s/pass", "TFLOP", "of published's s", "512/256", "state", "mean |logit|"]
+    ]
+    for dtype in dtypes.split(","):
+        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for model, plan in plans():
+            for pixels in SCALES:
+                job = shared | {"model": model, "plan": plan, "pixels": pixels, "batch": batch, "dtype": dtype}
+                row = rows[model, plan, pixels] = _measure_apart("mvar", job)
+                print(f"measured {model} {plan} {pixels} px {dtype}", file=sys.stderr)
+                cost, first = row["seconds"], rows[(*plans()[0], pixels)]["seconds"]
+                growth = "" if pixels == 256 else f"{cost / rows[model, plan, 256]['seconds']:.2f}"
+                lines.append([model, plan, dtype, str(pixels), f"{cost:.2f}", f"{row['gflop'] / 1e3:.2f}"])
+                lines[-1] += [f"1/{first / cost:.2f}", growth, f"{row['state_mb']:.1f} MB", f"{row['logit']:.4f}"]
+    _print_table(lines)
+    lines = [["scan", "dtype", "tokens", "sequential, ms", "chunked, ms", "speed-up"]]
+    for backward in (False, True):
+        for dtype in dtypes.split(","):
+            for tokens in (sum(side * side for side in scales) for scales in SCALES.values()):
+                job = shared | {"tokens": tokens, "backward": backward, "dtype": dtype}
+                slow, fast = (
+                    _measure_apart("scan", job | {"method": method})["seconds"] for method in ("sequential", "chunked")
+                )
+                name = "forward and backward" if backward else "forward"
+                lines.append(
+                    [name, dtype, str(tokens), f"{slow * 1e3:.1f}", f"{fast * 1e3:.1f}", f"{slow / fast:.1f}x"]
+                )
+    _print_table(lines)
 
 
 # ---- masked generation at 256 px with random weights, and sampling work
@@ -396,8 +447,10 @@ def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:
 def measure(name: str, job: str) -> None:
     """One configuration, in this process."""
     from benchmark_masked import run_categorical, run_sampling
+    from benchmark_mvar import run_pass, run_scan
 
     runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
+    runs |= {"mvar": run_pass, "scan": run_scan}
     print(json.dumps(runs[name](json.loads(job))))
 
 

@@ -46,8 +46,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         blocks: residual blocks per resolution in the encoder; the decoder has one more.
         attention_levels: resolutions (0 is the highest) with attention after each residual block.
         norm_groups: groups of the group norms.
-        num_phi: residual convolutions shared by the scales.
+        num_phi: residual convolutions shared by the scales; 0 for none.
         phi_ratio: weight of a residual convolution against the identity.
+        scale_dropout: share of training images that keep only their first scales, at least three of them, as many as
+            chance says (quantiser dropout of XQ-GAN, 2412.01762).
     """
 
     @register_to_config
@@ -65,12 +67,13 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         norm_groups: int = 32,
         num_phi: int = 4,
         phi_ratio: float = 0.5,
+        scale_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_scales(scales)
         self.scales = tuple(scales)
         self.image_size = self.scales[-1] * 2 ** (len(channel_multipliers) - 1)
-        self.phi_ratio = phi_ratio
+        self.phi_ratio, self.scale_dropout = phi_ratio, scale_dropout
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.encoder = Encoder(image_channels, code_dim, widths, blocks, attention_levels, norm_groups)
         self.decoder = Decoder(image_channels, code_dim, widths, blocks, attention_levels, norm_groups)
@@ -79,7 +82,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.codebook = Codebook(vocab_size, code_dim, sites=len(self.scales))
         phi = [Phi(code_dim, code_dim, 3, padding=1) for _ in range(num_phi)]
         self.phi: Sequence[Phi] = nn.ModuleList(phi)  # type: ignore[assignment]
-        self.phi_of_scale = [phi_index(k, len(self.scales), num_phi) for k in range(len(self.scales))]
+        self.phi_of_scale = [phi_index(k, len(self.scales), num_phi) for k in range(len(self.scales)) if num_phi]
 
     @property
     def code_vectors(self) -> Tensor:
@@ -110,7 +113,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         target = self.encode_latent(images)
         latent, tokens = torch.zeros_like(target), []
         for k in range(len(self.scales)):
-            tokens.append(self.quantize_scale(target - latent, k))
+            tokens.append(self.quantize_scale(self.aim(target, k) - latent, k))
             latent = self.add_scale(latent, self.embed(tokens[-1]), k)
         return tokens
 
@@ -151,6 +154,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Code vectors (B, n, C) float32 of tokens (B, n)."""
         return self.codebook.lookup(tokens).float()
 
+    def aim(self, source: Tensor, scale: int) -> Tensor:
+        """What the latent should be after scale number `scale`, for the latent of an image (B, C, H, W): all of it."""
+        return source
+
     def quantize_scale(self, residual: Tensor, scale: int) -> Tensor:
         """Nearest codes of a residual (B, C, H, W), averaged over the cells of one scale: (B, n_k) int64."""
         return self.codebook.nearest(self._resize_down(residual, scale))
@@ -160,7 +167,9 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
         side, full = self.scales[scale], self.scales[-1]
         grid = codes.transpose(1, 2).reshape(len(codes), -1, side, side)
         if side != full:
-            grid = F.interpolate(grid, size=(full, full), mode="bicubic")
+            grid = self._resize_up(grid)
+        if not self.phi:
+            return latent + grid
         with torch.autocast(grid.device.type, enabled=False):
             smoothed = self.phi[self.phi_of_scale[scale]](grid)
         return latent + grid * (1 - self.phi_ratio) + smoothed * self.phi_ratio
@@ -168,6 +177,10 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def read_scale(self, latent: Tensor, scale: int) -> Tensor:
         """The latent averaged over the cells of scale number `scale`, in raster order: (B, n_k, C)."""
         return self._resize_down(latent, scale)
+
+    def _resize_up(self, grid: Tensor) -> Tensor:
+        side = self.scales[-1]
+        return F.interpolate(grid, size=(side, side), mode="bicubic")
 
     def _resize_down(self, grid: Tensor, scale: int) -> Tensor:
         side = self.scales[scale]
@@ -205,14 +218,35 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _quantize(self, target: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
         latent = torch.zeros_like(target)
         losses, quantized = [], []
-        fixed = target.detach()
+        last = self._last_scales(target)
         for k in range(len(self.scales)):
-            vectors = self._resize_down(fixed - latent.detach(), k)
+            aim = self.aim(target, k)
+            vectors = self._resize_down((aim - latent).detach(), k)
             tokens = self.codebook.nearest(vectors)
-            latent = self.add_scale(latent, self.embed(tokens), k)
-            losses.append(torch.stack([F.mse_loss(latent, fixed), F.mse_loss(target, latent.detach())]))
+            added = self.add_scale(latent, self.embed(tokens), k)
+            compared = self.compared(target, aim)
+            codebook, commitment = (added - compared.detach()).square(), (compared - added.detach()).square()
+            if last is not None:
+                kept = (k <= last).to(added)[:, None, None, None]
+                added = torch.where(kept > 0, added, latent)
+                codebook, commitment = codebook * kept, commitment * kept
+            latent = added
+            losses.append(torch.stack([codebook.mean(), commitment.mean()]))
             quantized.append((vectors, tokens))
         return latent, losses, quantized
+
+    def compared(self, target: Tensor, aim: Tensor) -> Tensor:
+        """What a scale's losses compare the latent with: what it aimed at."""
+        return aim
+
+    def _last_scales(self, target: Tensor) -> Tensor | None:
+        """The last scale that each image of a batch keeps, (B,), or None where all keep all."""
+        if not (self.training and self.scale_dropout):
+            return None
+        total, batch = len(self.scales), len(target)
+        dropped = torch.rand(batch, device=target.device) < self.scale_dropout
+        last = torch.randint(min(2, total - 1), total, (batch,), device=target.device)
+        return torch.where(dropped, last, total - 1)
 
 
 def check_scales(scales: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from vgen.generators.var import VAR
 from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.kl import KLAutoencoder
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
@@ -27,7 +28,7 @@ from vgen.types import CheckpointError, SettingError
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
 PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline)}
-COMPONENTS = (MultiScaleVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR)
+COMPONENTS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

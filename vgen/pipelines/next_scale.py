@@ -93,7 +93,7 @@ class NextScalePipeline(Pipeline):
         keep = keep_masks(painted, self.tokenizer.scales)
 
         def dictate(scale: int, latent: Tensor) -> tuple[Tensor, Tensor]:
-            given = self.tokenizer.quantize_scale(source - latent, scale)
+            given = self.tokenizer.quantize_scale(self.tokenizer.aim(source, scale) - latent, scale)
             return keep[scale].to(given.device).expand(len(given), -1), given
 
         return self._begin(class_labels, dictation=dictate, images=len(original), **settings)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
 from vgen.evaluation.quick import QuickJudge
 from vgen.files import atomic_file, sha256, weight_files
-from vgen.hub import load_component
+from vgen.hub import load_tokenizer
 from vgen.media import contact_sheet, sheet_zoom
 from vgen.progress import progress
 from vgen.training.config import TrainingConfig
@@ -37,7 +37,10 @@ class GeneratorTask(ABC):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.tokenizer_folder = _tokenizer_folder(config.tokenizer or "")
-        self.tokenizer = load_component(self.tokenizer_class, self.tokenizer_folder, torch.float32)
+        self.tokenizer, _ = load_tokenizer(self.tokenizer_folder, device="cpu", dtype=torch.float32)
+        if not isinstance(self.tokenizer, self.tokenizer_class):
+            found, wanted = type(self.tokenizer).__name__, self.tokenizer_class.__name__
+            raise SettingError(f"{self.tokenizer_folder} is a {found}, but {config.family} needs a {wanted}")
         self.tokenizer.requires_grad_(False)
         size, channels = self.tokenizer.image_size, self.tokenizer.config["image_channels"]
         train = open_source(config.data, "train", size, channels, config.data_root)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from vgen.data import flip_at_random, open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
+from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
 from vgen.types import SettingError
 
-FAMILIES = {"multiscale": MultiScaleVQ, "vqgan": VQGAN}
+FAMILIES = {"multiscale": MultiScaleVQ, "frequency": FrequencyVQ, "vqgan": VQGAN}
 HELD_OUT = 2000  # test images that evaluation uses
 DEAD_BELOW = 0.03  # a code chosen less often than this share of its fair part is dead
 

@@ -31,6 +31,8 @@ def fill(name: str, shape: list[int]) -> Tensor:
     if "scale_mul" in name:
         return math.log(4) + 0.1 * noise
     value = noise / noise[0].numel() ** 0.5 if len(shape) >= 2 else 0.1 * noise
+    if name.endswith("A_log"):
+        return value.abs() + 0.1
     return value + 1 if "norm" in name and name.endswith("weight") else value
 
 
@@ -42,9 +44,11 @@ def scale_numbers(scales: list[int]) -> Tensor:
 def published_state(layout: dict[str, list[int]], scales: list[int]) -> State:
     """A state dict as the published code would have saved it."""
     numbers = scale_numbers(scales)
+    within = any(".mamba." in name for name in layout)  # M-VAR attends within scales alone
+    allowed = numbers[:, None] == numbers if within else numbers[:, None] >= numbers
     buffers = {
         "lvl_1L": lambda: numbers[None],
-        "attn_bias_for_masking": lambda: torch.where(numbers[:, None] >= numbers, 0.0, -torch.inf)[None, None],
+        "attn_bias_for_masking": lambda: torch.where(allowed, 0.0, -torch.inf)[None, None],
     }
     state = {}
     for name, shape in layout.items():
@@ -52,6 +56,8 @@ def published_state(layout: dict[str, list[int]], scales: list[int]) -> State:
             state[name] = buffers[name]()
         elif name.endswith("zero_k_bias"):
             state[name] = torch.zeros(shape)
+        elif name.endswith("patch_nums"):
+            state[name] = torch.tensor([side * side for side in scales], dtype=torch.int32)
         else:
             state[name] = fill(name, shape)
     return state

@@ -1,6 +1,8 @@
-"""Names and shapes of the tensors in published VAR checkpoints (spec sections 1.6 and 2.6), for any size."""
+"""Names and shapes of the tensors in published VAR and M-VAR checkpoints (spec sections 1.6, 2.6 and 6.3), for any
+size."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from golden_weights import State, scale_numbers
@@ -8,7 +10,7 @@ from golden_weights import State, scale_numbers
 Layout = dict[str, tuple[int, ...]]
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "patch_nums")
 
 
 def var_layout(
@@ -48,6 +50,41 @@ def var_layout(
         table |= {f"{block}.ada_gss": (1, 1, 6, c)} if shared else linear(f"{block}.ada_lin.1", 6 * c, c)
         table |= {f"{block}.attn.scale_mul_1H11": (1, heads, 1, 1)} if qk_norm else {}
     return table | (linear("shared_ada_lin.1", 6 * c, c) if shared else {})
+
+
+def mvar_layout(
+    *,
+    scales: Sequence[int],
+    width: int,
+    depth: int,
+    expand: int = 2,
+    head_width: int = 64,
+    state_size: int = 64,
+    conv_width: int = 4,
+    shared: bool = False,
+    **sizes: Any,
+) -> Layout:
+    """The M-VAR transformer's table 6.3: VAR's with nine modulations, and Mamba-2 in every block."""
+    c, inner = width, expand * width
+    heads, mixed = inner // head_width, inner + 2 * state_size
+    table = var_layout(scales=scales, width=width, depth=depth, shared=shared, **sizes)
+    for name in [name for name in table if "ada_lin.1" in name and "head" not in name]:
+        table[name] = (9 * c, *table[name][1:])
+    for i in range(depth):
+        table |= {f"blocks.{i}.ada_gss": (1, 1, 9, c)} if shared else {}
+        table[f"blocks.{i}.attn.patch_nums"] = (len(scales),)
+        mamba = {
+            "dt_bias": (heads,),
+            "A_log": (heads,),
+            "D": (heads,),
+            "in_proj.weight": (inner + mixed + heads, c),  # z, x, B, C, dt
+            "conv1d.weight": (mixed, 1, conv_width),
+            "conv1d.bias": (mixed,),
+            "norm.weight": (inner,),
+            "out_proj.weight": (c, inner),
+        }
+        table |= {f"blocks.{i}.mamba.{name}": shape for name, shape in mamba.items()}
+    return table
 
 
 def tokenizer_layout(

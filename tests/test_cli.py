@@ -483,7 +483,7 @@ def test_convert_without_tokenizer_gives_latents_only(run: Run, pth: tuple[Path,
         (lambda state: state.pop("head.bias"), "missing head.bias"),
         (lambda state: state.update(stray=torch.ones(1)), "unexpected stray"),
         (lambda state: state.update({"head.bias": torch.ones(3)}), r"head.bias is \(3,\) instead of \(16,\)"),
-        (lambda state: state.pop("word_embed.weight"), "not a VAR transformer: it lacks word_embed.weight"),
+        (lambda state: state.pop("word_embed.weight"), "this is no VAR transformer: it lacks word_embed.weight"),
         (lambda state: state.pop("lvl_1L"), "lvl_1L"),
         (lambda state: state["head.bias"].fill_(torch.nan), "not numbers, in head.bias"),
         (lambda state: state.clear(), "empty"),
@@ -673,7 +673,20 @@ def test_help_needs_no_command(run: Run) -> None:
 def test_unknown_commands_are_wrong_usage(run: Run) -> None:
     refused(run("smaple"), 2, "smaple", "--help")
     refused(run("train", "pipeline"), 2, "pipeline")
-    refused(run("info"), 2, "(?i)path")
+    refused(run("info", ""), 2, "bundled model")
+
+
+def test_info_without_a_file_describes_the_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(run("info").out)
+    assert found["kind"] == "machine" and found["torch"] == torch.__version__ and found["device"][:3] in ("cpu", "cud")
+    monkeypatch.setenv("VGEN_SCAN", "sequential")
+    assert json.loads(run("info").out)["scan"] | {"mamba_ssm": ""} == {
+        "method": "sequential",
+        "chosen_by": "VGEN_SCAN=sequential",
+        "mamba_ssm": "",
+    }
+    monkeypatch.setenv("VGEN_SCAN", "parallel")
+    refused(run("info"), 2, "VGEN_SCAN=parallel", "sequential, chunked, mamba-ssm")
 
 
 def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

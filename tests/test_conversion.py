@@ -377,8 +377,8 @@ def test_an_mvar_checkpoint_is_recognised() -> None:
 
 
 def test_the_two_files_exchanged() -> None:
-    assert "not a VAR transformer: it lacks word_embed.weight" in refused(transformer=small_vq())
-    assert "not a VAR tokenizer: it lacks quantize.embedding.weight" in refused(tokenizer=small_var())
+    assert "this is no VAR transformer: it lacks word_embed.weight" in refused(transformer=small_vq())
+    assert "this is no VAR tokenizer: it lacks quantize.embedding.weight" in refused(tokenizer=small_var())
 
 
 @pytest.mark.parametrize("strange", [{"epoch": 3}, {"head.weight": [1.0, 2.0]}, {}, {"trainer": 5}], ids=str)

@@ -400,8 +400,8 @@ def test_other_families_and_exchanged_files_are_refused() -> None:
     assert "this is a MaskGIT checkpoint" in refused("mage", transformer=small("maskgit"))
     for family, name in (("maskgit", "MaskGIT"), ("mage", "MAGE")):
         exchanged = refused(family, transformer=small(family, "tokenizer"))
-        assert f"not a {name} transformer: it lacks token_emb.word_embeddings.weight" in exchanged
-        assert "not a VQGAN: it lacks quantize.embedding.weight" in refused(family, tokenizer=small(family))
+        assert f"this is no {name} transformer: it lacks token_emb.word_embeddings.weight" in exchanged
+        assert "this is no VQGAN: it lacks quantize.embedding.weight" in refused(family, tokenizer=small(family))
         assert "not a dictionary of tensors" in refused(family, transformer={"model": {"epoch": 3}})
 
 

@@ -14,6 +14,7 @@ from tiny import NAMES, WEIGHTS, tiny_pipeline
 
 import vgen
 from vgen import hub
+from vgen.inspection import describe
 from vgen.types import CheckpointError, SettingError
 
 
@@ -92,6 +93,39 @@ def test_bundled_names_are_the_folders_of_the_zoo(saved: Path, tmp_path: Path, m
     assert vgen.load("a-model").folder == tmp_path / "zoo" / "a-model"
     with pytest.raises(SettingError, match="unknown model 'c-model': use a-model, b-model"):
         vgen.load("c-model")
+
+
+@pytest.fixture
+def borrowed(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundled model without a tokenizer folder of its own, which uses that of the bundled model "owner"."""
+    for name in ("owner", "borrower"):
+        shutil.copytree(saved, tmp_path / "zoo" / name)
+    folder = tmp_path / "zoo" / "borrower"
+    shutil.rmtree(folder / "tokenizer")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_tokenizer_of": "owner"}))
+    monkeypatch.setattr(hub, "ZOO", tmp_path / "zoo")
+    return folder
+
+
+def test_a_bundled_model_may_use_the_tokenizer_of_another(borrowed: Path, tmp_path: Path) -> None:
+    whole, borrower = vgen.load("owner"), vgen.load("borrower")
+    assert borrower.checkpoint() == whole.checkpoint()  # the same weights, wherever they lie
+    first, second = (pipe(class_labels=["bee"], seeds=[1], output_type="pt").images for pipe in (whole, borrower))
+    assert torch.equal(first, second)
+    assert hub.load_tokenizer("borrower")[1] == borrowed.parent / "owner" / "tokenizer"
+    assert describe("borrower") == describe("owner")
+    borrower.save_pretrained(tmp_path / "copy")  # elsewhere it is whole
+    assert (tmp_path / "copy" / "tokenizer" / WEIGHTS).is_file()
+    assert vgen.load(tmp_path / "copy").checkpoint() == whole.checkpoint()
+
+
+@pytest.mark.parametrize("owner", ["nobody", "../owner", "/etc", 3])
+def test_only_a_bundled_models_tokenizer_is_borrowed(borrowed: Path, owner: Any) -> None:
+    index = json.loads((borrowed / "model_index.json").read_text())
+    (borrowed / "model_index.json").write_text(json.dumps(index | {"_tokenizer_of": owner}))
+    with pytest.raises(CheckpointError, match="no bundled model"):
+        vgen.load("borrower")
 
 
 @pytest.mark.parametrize("name", ["nothing", "./a/b", "../a", "/a/b", "~/b", "a/b/c"])

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 
 SCALES = (1, 2, 3, 4)
@@ -22,6 +24,8 @@ def randomise(module: nn.Module) -> nn.Module:
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if "log_scale" in name:
             noise = math.log(4) + 0.1 * noise
+        elif name.endswith("A_log"):  # some heads of a scan forget within two tokens, others after ten
+            noise = noise - 1
         elif parameter.ndim >= 2:
             noise = noise / parameter[0].numel() ** 0.5
         else:
@@ -30,36 +34,50 @@ def randomise(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+TOKENIZER: dict[str, Any] = {
+    "scales": SCALES,
+    "vocab_size": 16,
+    "code_dim": 4,
+    "base_channels": 8,
+    "channel_multipliers": (1, 2),
+    "blocks": 1,
+    "attention_levels": (1,),
+    "norm_groups": 4,
+}
+
+
 def tiny_tokenizer(**changes: Any) -> MultiScaleVQ:
     """8 x 8 images, 30 tokens on four scales, 16 codes of width 4."""
-    config: dict[str, Any] = {
-        "scales": SCALES,
-        "vocab_size": 16,
-        "code_dim": 4,
-        "base_channels": 8,
-        "channel_multipliers": (1, 2),
-        "blocks": 1,
-        "attention_levels": (1,),
-        "norm_groups": 4,
-    }
-    return randomise(MultiScaleVQ(**(config | changes)))
+    return randomise(MultiScaleVQ(**(TOKENIZER | changes)))
+
+
+def tiny_frequency(**changes: Any) -> FrequencyVQ:
+    """The same in frequency bands, with the same weights."""
+    return randomise(FrequencyVQ(**(TOKENIZER | changes)))
+
+
+TRANSFORMER: dict[str, Any] = {  # for `tiny_tokenizer`, three classes
+    "scales": SCALES,
+    "vocab_size": 16,
+    "code_dim": 4,
+    "num_classes": 3,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+}
 
 
 def tiny_generator(**changes: Any) -> VAR:
     """Two blocks of width 32 for `tiny_tokenizer`, three classes."""
-    config: dict[str, Any] = {
-        "scales": SCALES,
-        "vocab_size": 16,
-        "code_dim": 4,
-        "num_classes": 3,
-        "width": 32,
-        "depth": 2,
-        "heads": 2,
-    }
-    return randomise(VAR(**(config | changes)))
+    return randomise(VAR(**(TRANSFORMER | changes)))
 
 
-def tiny_pipeline(tokenizer: MultiScaleVQ | None = None, generator: VAR | None = None) -> NextScalePipeline:
+def tiny_mvar(**changes: Any) -> MVAR:
+    """The same for M-VAR, whose scans have four heads of width 16."""
+    return randomise(MVAR(**(TRANSFORMER | {"mamba_head_width": 16, "state_size": 8} | changes)))
+
+
+def tiny_pipeline(tokenizer: MultiScaleVQ | None = None, generator: VAR | MVAR | None = None) -> NextScalePipeline:
     """A pipeline of the two, with class names."""
     pipeline = NextScalePipeline(tokenizer or tiny_tokenizer(), generator or tiny_generator(), id2label=CLASS_NAMES)
     pipeline.set_progress_bar_config(disable=True)

@@ -49,12 +49,12 @@ def inferring(what: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         found = " ".join(str(error).split())
-        raise CheckpointError(f"not a {what}: its tensors have unexpected names or shapes ({found})") from error
+        raise CheckpointError(f"this is no {what}: its tensors have unexpected names or shapes ({found})") from error
 
 
 def require(state: State, kind: str, *names: str) -> None:
     if missing := [name for name in names if name not in state]:
-        raise CheckpointError(f"not a {kind}: it lacks {', '.join(missing)} (it has {next(iter(state))}, ...)")
+        raise CheckpointError(f"this is no {kind}: it lacks {', '.join(missing)} (it has {next(iter(state))}, ...)")
 
 
 def count(state: State, pattern: str) -> int:

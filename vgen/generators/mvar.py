@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vgen.generators.next_scale import AdaptiveBlock, Attention, FeedForward, NextScaleTransformer, modulate
 from vgen.layers import Linear, attention
-from vgen.scan import scan
+from vgen.scan import METHODS, scan
 from vgen.types import SettingError
 
 
@@ -71,7 +71,7 @@ class Mamba(nn.Module):
         )
         if cache is not None:
             cache.states[layer] = state
-            cache.columns[layer] = padded[:, -shape[1] :]
+            cache.columns[layer] = padded[:, x.shape[1] :]
         gated = y.flatten(2) * F.silu(z.to(y.dtype))
         normed = F.rms_norm(gated, (inner,), self.norm.weight.to(gated.dtype), self.norm.eps)
         return self.out_proj(normed.to(x.dtype))
@@ -170,6 +170,8 @@ class MVAR(NextScaleTransformer):
             raise SettingError(
                 f"Mamba's inner width {expand * width} is not a multiple of mamba_head_width {mamba_head_width}"
             )
+        if scan_method not in METHODS:
+            raise SettingError(f"unknown scan_method {scan_method!r}: use one of {', '.join(METHODS)}")
         mamba = partial(Mamba, width, expand * width, mamba_head_width, state_size, conv_width)
         super().__init__(
             scales=scales,

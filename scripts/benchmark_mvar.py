@@ -83,10 +83,11 @@ def run_scan(job: dict[str, Any]) -> dict[str, Any]:
     B, C = (torch.randn(2, tokens, STATE, generator=rng).to(job["device"], dtype) for _ in range(2))
     dt = torch.rand(2, tokens, HEADS, generator=rng).to(job["device"]) * 0.1
     A = -torch.linspace(1, 16, HEADS, device=job["device"])
-    inputs = [tensor.requires_grad_(job["backward"]) for tensor in (x, dt, A, B, C)]
+    for tensor in (x, dt, A, B, C):
+        tensor.requires_grad_(job["backward"])
 
     def once() -> None:
-        y, _ = scan(*inputs, method=job["method"])
+        y, _ = scan(x, dt, A, B, C, method=job["method"])
         if job["backward"]:
             y.sum().backward()
 

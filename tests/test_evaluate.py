@@ -144,10 +144,10 @@ def test_a_tokenizers_fid_is_its_rfid() -> None:
 @pytest.mark.parametrize(
     ("text", "reconstructed", "says"),
     [
-        ("fid@pixels", False, ["fid means Inception's features", "frechet@pixels"]),
-        ("sfid@pixels", False, ["sfid means Inception's features", "frechet@pixels"]),
-        ("kid@pixels", False, ["kid means Inception's features", "mmd@pixels"]),
-        ("rfid@pixels", True, ["rfid means Inception's features", "frechet@pixels"]),
+        ("fid@pixels", False, ["fid means the features of inception", "frechet@pixels"]),
+        ("sfid@pixels", False, ["sfid means the features of inception", "frechet@pixels"]),
+        ("kid@pixels", False, ["kid means the features of inception", "mmd@pixels"]),
+        ("rfid@pixels", True, ["rfid means the features of inception", "frechet@pixels"]),
         ("fidd", False, ["unknown metric 'fidd'", "fid, sfid, kid, is, prc, frechet, mmd, accuracy, memorization"]),
         ("fid,@pixels", False, ["unknown metric ''"]),
         ("psnr", False, ["psnr compares reconstructions", "--tokenizer"]),

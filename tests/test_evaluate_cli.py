@@ -590,7 +590,7 @@ def test_wrong_usage_is_one_line_and_code_two(run: Run, saved: Path, sets: tuple
     refused(run("user/model", *sets[1:], *pixels), 2, "no images at 'user/model'")
     refused(run("fashion-mnist", *sets[1:], *pixels), 2, "names no split", "fashion-mnist:test")
     refused(run(*sets, "--metrics", "fidd"), 2, "unknown metric 'fidd': use fid, ")
-    refused(run(*sets, "--metrics", "fid@pixels"), 2, "fid means Inception's features", "frechet@pixels")
+    refused(run(*sets, "--metrics", "fid@pixels"), 2, "fid means the features of inception", "frechet@pixels")
     refused(run(*sets, "--metrics", "mmd@pixel"), 2, "unknown extractor 'pixel': use inception", "pixels")
     refused(run(*sets, "--metrics", "mmd@none:make"), 2, "extractor 'none:make' cannot be built", "No module named")
     refused(run(*sets, "--metrics", "mmd@json:nothing"), 2, "extractor 'json:nothing' cannot be built")

@@ -270,7 +270,9 @@ def evaluate(
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="fid,sfid,kid,is,prc,frechet,mmd,accuracy,memorization; prc@pixels for another network."),
+        typer.Option(
+            help="fid,sfid,kid,is,prc,frechet,mmd,accuracy,spectrum,memorization; prc@pixels: another network."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Judge this model's reconstructions of the reference: rfid,psnr,ssim,mse.")

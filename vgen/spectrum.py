@@ -5,6 +5,7 @@ the radius sqrt(2) ties with the cut-off, and one rounding error would move four
 nothing of codes or networks.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -107,3 +108,24 @@ def rings(height: int, width: int) -> Tensor:
     """The ring that each coefficient belongs to, (H, W) int64, in fft2's order."""
     radius, unit = squared_radius(height, width)
     return (radius.double() / unit).sqrt().mul(max(height, width)).round().long()
+
+
+KEEP_WEIGHTS = {"low": 0.57, "mid": 0.28, "high": 0.15}  # NFIG's, of thirds of the largest radius
+
+
+def compare_spectra(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """How far two spectra are apart, from mean log10 power per ring (R,) each.
+
+    "psd_error": mean absolute difference over rings, in powers of ten; "keep_low", "keep_mid", "keep_high": e to minus
+    the mean absolute difference of natural logarithms in each third of the radii, 1 where equal; "keep": their weighted
+    mean. Named after NFIG's power-spectrum error and frequency keep score; the paper does not print its definitions,
+    so its values cannot be compared with these.
+    """
+    apart = (ours - theirs).abs().double()
+    third = (torch.arange(len(apart)) * 3 // max(len(apart) - 1, 1)).clamp_max(2)
+    kept = {
+        name: float((-apart[third == i].mean() * math.log(10)).exp()) if (third == i).any() else 1.0
+        for i, name in enumerate(KEEP_WEIGHTS)
+    }
+    whole = sum(weight * kept[name] for name, weight in KEEP_WEIGHTS.items())
+    return {"psd_error": float(apart.mean()), "keep": whole} | {f"keep_{name}": kept[name] for name in kept}

@@ -17,10 +17,12 @@ from vgen.data import to_model_range
 from vgen.evaluation.classifier import ImageClassifier
 from vgen.evaluation.inception import Inception, find_weights
 from vgen.files import hash_tensors, sha256, weight_files
+from vgen.spectrum import radial_power
 from vgen.types import SettingError
 
-INCEPTION, CLASSIFIER = "inception", "fashion-classifier"
+INCEPTION, CLASSIFIER, SPECTRUM = "inception", "fashion-classifier", "spectrum"
 MAX_PIXEL_FEATURES = 4096
+ROUNDING_NOISE = 1 / (12 * 255**2)  # power of rounding to 8 bits: what is below it is not told apart
 
 
 class Extractor(Protocol):
@@ -55,7 +57,8 @@ class ExtractorOptions:
 
 
 def build_extractor(name: str, options: ExtractorOptions) -> Extractor:
-    """ "inception", "fashion-classifier" or a trained classifier's folder, "pixels", or "package.module:factory".
+    """ "inception", "fashion-classifier" or a trained classifier's folder, "pixels", "spectrum", or
+    "package.module:factory".
 
     A factory takes no arguments and returns a callable from (B, 3, H, W) uint8 to (B, D): a module with weights, say.
     Raises SettingError for an unknown name.
@@ -65,14 +68,16 @@ def build_extractor(name: str, options: ExtractorOptions) -> Extractor:
         return Inception(weights, resize=options.resize, device=options.device, dtype=options.dtype)
     if name == "pixels":
         return Pixels()
+    if name == SPECTRUM:
+        return Spectrum()
     folder = hub.ZOO / name if name == CLASSIFIER else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return ClassifierFeatures(folder, options)
     if ":" in name:
         return Custom(name, options)
     raise SettingError(
-        f"unknown extractor {name!r}: use {INCEPTION}, {CLASSIFIER}, pixels, the folder of a trained classifier, or "
-        "package.module:factory"
+        f"unknown extractor {name!r}: use {INCEPTION}, {CLASSIFIER}, pixels, {SPECTRUM}, the folder of a trained "
+        "classifier, or package.module:factory"
     )
 
 
@@ -116,6 +121,22 @@ class Pixels:
                 f"{MAX_PIXEL_FEATURES} for the extractor 'pixels': use another one"
             )
         return {"features": features}
+
+
+class Spectrum:
+    """log10 of the power in each ring of frequencies (vgen.spectrum.radial_power), of pixels in 0..1."""
+
+    name = SPECTRUM
+    digest = hashlib.sha256(b"spectrum: log10 mean power per ring").hexdigest()
+    layers: tuple[str, ...] = ("features",)
+    preferred_batch = 256
+
+    def __init__(self) -> None:
+        self.protocol: dict[str, str] = {}
+
+    def __call__(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        power = radial_power(images.double().div(255))
+        return {"features": power.clamp_min(ROUNDING_NOISE).log10().float()}
 
 
 class Custom:

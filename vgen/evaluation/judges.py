@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vgen.evaluation import metrics as math
-from vgen.evaluation.extractors import CLASSIFIER, INCEPTION, Extractor, ExtractorOptions
+from vgen.evaluation.extractors import CLASSIFIER, INCEPTION, SPECTRUM, Extractor, ExtractorOptions
 from vgen.evaluation.features import Features
 from vgen.evaluation.images import ImageSet
 from vgen.evaluation.inception import cache_root
 from vgen.evaluation.statistics import Statistics, measure
+from vgen.spectrum import compare_spectra
 from vgen.types import SettingError
 
 
@@ -159,6 +160,12 @@ def _memorization(judged: Judged) -> dict[str, float]:
     return figures
 
 
+def _spectrum(judged: Judged) -> dict[str, float]:
+    fake, real = judged.rows(judged.fake), judged.rows(judged.real)
+    judged.check_width(fake.shape[1], real.shape[1])
+    return compare_spectra(fake.double().mean(0).cpu(), real.double().mean(0).cpu())
+
+
 @dataclass(frozen=True)
 class Metric:
     """A figure: what it is computed from, and by which network when nothing else is said."""
@@ -179,6 +186,7 @@ METRICS = {
     "frechet": Metric(_frechet, CLASSIFIER, reference="moments"),
     "mmd": Metric(_kernel, CLASSIFIER),
     "accuracy": Metric(_accuracy, CLASSIFIER, "logits", reference="none"),
+    "spectrum": Metric(_spectrum, SPECTRUM, fixed=True),
     "memorization": Metric(_memorization, CLASSIFIER, reference="optional"),
 }
 PAIRED = ("psnr", "ssim", "mse")  # of reconstructions and their originals
@@ -222,7 +230,7 @@ def parse_metrics(text: str, reconstructed: bool = False) -> list[Asked]:
         if extractor and metric is not None and metric.fixed and extractor != metric.extractor:
             other = {"fid": "frechet", "rfid": "frechet", "sfid": "frechet", "kid": "mmd"}.get(name)
             hint = f"of another network's it is {other}@{extractor}" if other else "leave out the @"
-            raise SettingError(f"{name} means Inception's features: {hint}")
+            raise SettingError(f"{name} means the features of {metric.extractor}: {hint}")
         if extractor and metric is None:
             raise SettingError(f"{name} compares pixels and takes no extractor")
         asked.append(Asked(part, name, metric, extractor or (metric.extractor if metric else "")))

@@ -174,9 +174,7 @@ def compare_mvar(
     from benchmark_mvar import SCALES, plans
 
     shared = {"threads": threads, "repeats": repeats, "device": device}
-    lines = [
-        ["model", "loop", "dtype", "px", "s/pass", "TFLOP", "speed-up", "512/256", "state", "mean |logit|"]
-    ]
+    lines = [["model", "loop", "dtype", "px", "s/pass", "TFLOP", "speed-up", "512/256", "state", "mean |logit|"]]
     for dtype in dtypes.split(","):
         rows: dict[tuple[str, str, int], dict[str, Any]] = {}
         for model, plan in plans():

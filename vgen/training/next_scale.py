@@ -35,9 +35,13 @@ class NextScaleTask(GeneratorTask):
 
     def test_losses(self, tokens: Tensor, labels: Tensor, first: int) -> dict[str, Tensor]:
         """Cross-entropy per token; the last scale's apart, as VAR's "tail"."""
-        logits = self.model(self._context(tokens), labels)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        loss = self.token_losses(tokens, labels)
         return {"test_loss": loss.mean(1), "test_loss_tail": loss[:, -self.model.lengths[-1] :].mean(1)}
+
+    def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of every token (B, L)."""
+        logits = self.model(self._context(tokens), labels)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
     def pipeline(self) -> NextScalePipeline:
         return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))

@@ -1,7 +1,6 @@
 """The bundled models: small, whole, documented, and worth looking at."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +16,12 @@ from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.training.config import load_config
 
 FOLDER = ZOO / "fashion-var"
+NEXT_SCALE = ["fashion-var", "fashion-mvar"]
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> NextScalePipeline:
-    return vgen.load("fashion-var")
+@pytest.fixture(scope="module", params=NEXT_SCALE)
+def pipeline(request: pytest.FixtureRequest) -> NextScalePipeline:
+    return vgen.load(request.param)
 
 
 def test_every_folder_of_the_zoo_is_a_model_that_loads() -> None:
@@ -33,10 +33,21 @@ def test_every_folder_of_the_zoo_is_a_model_that_loads() -> None:
         assert vgen.load(name).source == name
 
 
-def test_fashion_var_is_small_and_half_precision() -> None:
-    files = sorted(FOLDER.rglob("*.safetensors"))
-    assert [file.parent.name for file in files] == ["generator", "tokenizer"]
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 15e6
+def test_all_bundled_models_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in ZOO.rglob("*") if path.is_file()) <= 40e6
+
+
+def test_m_var_uses_the_tokenizer_of_var_and_has_as_many_parameters() -> None:
+    var, mvar = (vgen.load(name) for name in NEXT_SCALE)
+    assert mvar.files[1] == FOLDER / "tokenizer" / "diffusion_pytorch_model.safetensors"
+    sizes = [sum(p.numel() for p in pipe.generator.parameters()) for pipe in (var, mvar)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", NEXT_SCALE)
+def test_next_scale_models_are_half_precision(name: str) -> None:
+    files = sorted((ZOO / name).rglob("*.safetensors"))
+    assert [file.parent.name for file in files] == ["generator", "tokenizer"][: 2 if name == "fashion-var" else 1]
     for file in files:
         for name, tensor in load_file(file).items():
             exact = "codebook." in name or "phi." in name  # codes stay float32
@@ -45,24 +56,25 @@ def test_fashion_var_is_small_and_half_precision() -> None:
 
 
 def test_class_names_are_in_the_configuration(pipeline: NextScalePipeline) -> None:
-    index = json.loads((FOLDER / "model_index.json").read_text())
+    index = json.loads((pipeline.folder / "model_index.json").read_text())
     assert index["id2label"] == {str(i): name for i, name in enumerate(FASHION)}
     assert pipeline.label_ids(["sneaker", "ankle boot", 0]) == [7, 9, 0]
     assert pipeline.tokenizer.image_size == 28
 
 
 def test_the_weights_fit_the_committed_presets(pipeline: NextScalePipeline) -> None:
-    tokenizer, generator = load_config("fashion-vq").model, load_config("fashion-var").model
+    tokenizer, generator = load_config("fashion-vq").model, load_config(pipeline.folder.name).model
     for part, settings in ((pipeline.tokenizer, tokenizer), (pipeline.generator, generator)):
         for name, value in settings.items():
             if name != "init_gate":  # serves the first step only
                 assert part.config[name] == value, name
 
 
-@pytest.mark.parametrize("card", [FOLDER / "README.md", FOLDER / "tokenizer" / "README.md"], ids=["var", "vq"])
-def test_the_card_says_how_it_was_made(card: Path) -> None:
+@pytest.mark.parametrize("name", [*NEXT_SCALE, "fashion-var/tokenizer"])
+def test_the_card_says_how_it_was_made(name: str) -> None:
+    card = ZOO / name / "README.md"
     text = card.read_text()
-    preset = "fashion-vq" if card.parent.name == "tokenizer" else "fashion-var"
+    preset = "fashion-vq" if card.parent.name == "tokenizer" else name
     for part in ("license:", "fashion-mnist", f"--preset {preset}", "CPU-minutes", "code revision", "parameters"):
         assert part in text, part
     assert ("test_psnr" if preset == "fashion-vq" else "test_loss") in text

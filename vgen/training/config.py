@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class TrainingConfig:
     score_samples: int = 500  # generators: how many; compare runs at equal numbers only
     commitment: float = 0.25  # tokenizers
     l1: float = 0.2  # tokenizers: weight of the absolute error beside the squared one
+    perceptual: float = 0.0  # tokenizers: weight of LPIPS on VGG-16, whose weights are downloaded on first use; 0: off
+    adversarial: float = 0.0  # tokenizers: weight of the discriminator's verdict (0.5 in NFIG); 0: off
+    adversarial_start: float = 0.1  # tokenizers: share of the run before there is a discriminator
     restart_every: int = 50  # tokenizers: steps between restarts of dead codes
     restart_until: float = 0.7  # tokenizers: share of the run after which codes are left alone
 
@@ -88,6 +92,7 @@ class TrainingConfig:
             raise SettingError(f"betas is {self.betas}: give two numbers from 0 to below 1")
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
+        self._check_terms()
         if self.score_samples < 2:
             raise SettingError(f"score_samples is {self.score_samples}: it must be at least 2")
         if self.kind == "classifier" and self.image_size < 8:
@@ -98,6 +103,16 @@ class TrainingConfig:
             raise SettingError(f"sample_settings serve the family 'masked', not {self.family!r}: leave them out")
         if self.kind == "generator" and not self.tokenizer:
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
+
+    def _check_terms(self) -> None:
+        for name in ("perceptual", "adversarial"):
+            weight = getattr(self, name)
+            if not 0 <= weight < math.inf:
+                raise SettingError(f"{name} is {weight}: it must be at least 0, and finite")
+            if weight and self.kind != "tokenizer":
+                raise SettingError(f"{name} is {weight}, but serves tokenizers, not a {self.kind}: leave it out")
+        if not 0 <= self.adversarial_start < 1:
+            raise SettingError(f"adversarial_start is {self.adversarial_start}: it must be from 0 to below 1")
 
 
 def list_presets() -> list[str]:

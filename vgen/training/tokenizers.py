@@ -1,5 +1,9 @@
-"""Training a tokenizer: reconstruction, codebook and commitment losses, restarts of dead codes."""
+"""Training a tokenizer: reconstruction, codebook and commitment losses, restarts of dead codes.
 
+On request also the perceptual and adversarial terms that VQGAN, VAR and NFIG are trained with.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,10 @@ from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
+from vgen.training.adversary import Adversary
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
+from vgen.training.perceptual import Perceptual
 from vgen.types import SettingError
 
 FAMILIES = {"multiscale": MultiScaleVQ, "frequency": FrequencyVQ, "vqgan": VQGAN}
@@ -36,6 +42,13 @@ class TokenizerTask:
         self.num_examples = len(self.source.labels)
         self.model.to(memory_format=torch.channels_last)
         self.quantized: list[tuple[Tensor, Tensor]] = []
+        self.perceptual = Perceptual(size) if config.perceptual else None
+        self.adversary = Adversary(config, channels, size) if config.adversarial else None
+
+    @property
+    def companions(self) -> Sequence[Adversary]:
+        """What learns beside the model and belongs into its checkpoints."""
+        return (self.adversary,) if self.adversary else ()
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor]:
         images = to_model_range(self.source.images(indices.tolist(), crop_seed=seed))
@@ -46,13 +59,27 @@ class TokenizerTask:
     def loss(self, model: nn.Module, batch: tuple[Tensor], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch
         reconstruction, quantiser, self.quantized = model(images)
-        error = reconstruction.float() - images
-        squared, absolute = error.square().mean(), error.abs().mean()
-        loss = squared + self.config.l1 * absolute + quantiser[0] + self.config.commitment * quantiser[1]
-        return loss, {"squared_error": squared, "commitment": quantiser[1]}
+        rebuilt = reconstruction.float()
+        difference = rebuilt - images
+        squared, absolute = difference.square().mean(), difference.abs().mean()
+        figures = {"squared_error": squared, "commitment": quantiser[1]}
+        error = squared + self.config.l1 * absolute
+        if self.perceptual:
+            figures["perceptual"] = self.perceptual(images, rebuilt)
+            error = error + self.config.perceptual * figures["perceptual"]
+        loss = error + quantiser[0] + self.config.commitment * quantiser[1]
+        if self.adversary and self.adversary.active:
+            term, seen = self.adversary(images, rebuilt, error, self.model.decoder.conv_out.weight)
+            loss, figures = loss + self.config.adversarial * term, figures | seen
+        return loss, figures
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Count the codes in use, and restart dead ones on vectors of this batch; the first step places them all."""
+        """Count the codes in use, and restart dead ones on vectors of this batch; the first step places them all.
+
+        The discriminator, where there is one, makes a step of its own.
+        """
+        if self.adversary:
+            self.adversary.learn(step)
         codebook = self.model.codebook
         for scale, (_, tokens) in enumerate(self.quantized):
             codebook.count(tokens, scale)

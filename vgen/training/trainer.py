@@ -9,7 +9,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -46,8 +46,18 @@ class Diverged(RuntimeError):
     """The loss or a gradient stopped being a number; the last good state was saved."""
 
 
+class Companion(Protocol):
+    """What learns beside the model, by its own means, and belongs into a checkpoint."""
+
+    def to(self, device: torch.device) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Task(Protocol):
-    """What the trainer asks of the thing it trains."""
+    """What the trainer asks of the thing it trains. It may also have `companions`, a sequence of Companion."""
 
     model: ModelMixin
     num_examples: int
@@ -145,7 +155,10 @@ class Trainer:
         ]
         self.ema = EMAModel(task.model.parameters(), decay=config.ema)
         self.ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self, self.ema, *self.schedulers)
+        companions: Sequence[Companion] = getattr(task, "companions", ())
+        for companion in companions:
+            companion.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self, self.ema, *self.schedulers, *companions)
 
     # ---- state
 

@@ -1,8 +1,8 @@
 """Does frequency order help? Masks on and off at equal everything else: `python scripts/band_ablation.py`.
 
 For each band schedule ("none" is VAR's quantiser) and seed it trains a tokenizer and a VAR on its tokens, from the
-presets of fashion-nfig with shorter runs, judges both, and prints one table over all that has been measured. Runs that
-are there already are not trained again; give each of several processes its own --only.
+presets of fashion-nfig with shorter runs, judges both, and prints one table over all that has been measured. What the
+file of figures or the folder of runs holds already is not trained again; give each of several processes its own --only.
 """
 
 import json
@@ -42,23 +42,36 @@ def main(
     """Train and judge what is not there yet, then print the table of all."""
     torch.set_num_threads(1)
     test = open_source("fashion-mnist", "test", 28, 1, data_root)
+    steps = {"tokenizer_steps": tokenizer_steps, "generator_steps": generator_steps}
     for seed in [int(item) for item in seeds.split(",")]:
         for schedule in only.split(","):
+            if (schedule, seed) in _measured(out, runs, steps):
+                continue
             folder = runs / f"{schedule}-{seed}"
-            if not (folder / "figures.json").is_file():
-                shared = [f"seed={seed}"] + ([f"data_root={data_root}"] if data_root else [])
-                tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, schedule, shared)
-                chosen = [*shared, f"tokenizer={tokenizer}", "classifier=null"]
-                generator = _train(folder / "generator", "fashion-nfig", generator_steps, schedule, chosen)
-                figures = {"schedule": schedule, "seed": seed, **judge(generator, test, schedule, folder)}
-                with atomic_file(folder / "figures.json") as partial:
-                    partial.write_text(json.dumps(figures, indent=1) + "\n")
-    rows = [json.loads(path.read_text()) for path in sorted(runs.glob("*-*/figures.json"))]
+            shared = [f"seed={seed}"] + ([f"data_root={data_root}"] if data_root else [])
+            tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, schedule, shared)
+            chosen = [*shared, f"tokenizer={tokenizer}", "classifier=null"]
+            generator = _train(folder / "generator", "fashion-nfig", generator_steps, schedule, chosen)
+            figures = {"schedule": schedule, "seed": seed, **steps, **judge(generator, test, schedule, folder)}
+            with atomic_file(folder / "figures.json") as partial:
+                partial.write_text(json.dumps(figures, indent=1) + "\n")
+    rows = [row for _, row in sorted(_measured(out, runs, steps).items())]
     with atomic_file(out) as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     with atomic_file(out.with_suffix(".md")) as partial:
         partial.write_text(table(rows))
     print(table(rows))
+
+
+def _measured(out: Path, runs: Path, steps: dict[str, int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Figures by schedule and seed, of the file `out` and of finished runs; all of them of equally long training."""
+    rows = json.loads(out.read_text()) if out.is_file() else []
+    rows += [json.loads(path.read_text()) for path in sorted(runs.glob("*-*/figures.json"))]
+    for row in rows:
+        if any(row[name] != count for name, count in steps.items()):
+            found = ", ".join(f"{name} {row[name]}" for name in steps)
+            raise SystemExit(f"there are figures of {found}: train as long, or choose another --out and --runs")
+    return {(row["schedule"], row["seed"]): row for row in rows}
 
 
 def _train(folder: Path, preset: str, steps: int, schedule: str, settings: Sequence[str]) -> Path:

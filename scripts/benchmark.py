@@ -1,4 +1,4 @@
-"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `masked` or
+"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `nfig`, `masked` or
 `evaluate`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
@@ -199,6 +199,33 @@ def compare_mvar(
                 lines.append(
                     [name, dtype, str(tokens), f"{slow * 1e3:.1f}", f"{fast * 1e3:.1f}", f"{slow / fast:.1f}x"]
                 )
+    _print_table(lines)
+
+
+# ---- NFIG and VAR at 256 px with random weights
+
+
+@app.command("nfig")
+def compare_nfig(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 5,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    depths: Annotated[str, typer.Option(help="Depths of the transformer; width is 64 times that.")] = "16,20",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """NFIG against VAR at equal depth, turn by turn: the same transformer on 680 tokens, random weights.
+
+    The paper's "1.25 times faster than VAR" compares NFIG of depth 16 with VAR of depth 20.
+    """
+    lines = [["depth", "parameters", "work", "dtype", "batch", "VAR, s", "NFIG, s", "NFIG / VAR"]]
+    for depth in [int(item) for item in depths.split(",")]:
+        job = {"depth": depth, "batch": batch, "dtype": dtype, "threads": threads, "device": device}
+        row = _measure_apart("nfig", job | {"repeats": repeats})
+        for kind, ratio in row["ratios"].items():
+            cost = [f"{row['seconds'][name][kind]:.3f}" for name in ("VAR", "NFIG")]
+            size = f"{row['parameters'] / 1e6:.0f} M"
+            lines.append([str(depth), size, kind, dtype, str(batch), *cost, f"{ratio:.3f}"])
     _print_table(lines)
 
 
@@ -446,9 +473,10 @@ def measure(name: str, job: str) -> None:
     """One configuration, in this process."""
     from benchmark_masked import run_categorical, run_sampling
     from benchmark_mvar import run_pass, run_scan
+    from benchmark_nfig import run_pairs
 
     runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
-    runs |= {"mvar": run_pass, "scan": run_scan}
+    runs |= {"mvar": run_pass, "scan": run_scan, "nfig": run_pairs}
     print(json.dumps(runs[name](json.loads(job))))
 
 

@@ -16,7 +16,8 @@ from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.training.config import load_config
 
 FOLDER = ZOO / "fashion-var"
-NEXT_SCALE = ["fashion-var", "fashion-mvar"]
+NEXT_SCALE = ["fashion-var", "fashion-mvar", "fashion-nfig"]
+TOKENIZERS = {"fashion-var": "fashion-vq", "fashion-mvar": "fashion-vq", "fashion-nfig": "fashion-nfig-vq"}  # presets
 
 
 @pytest.fixture(scope="module", params=NEXT_SCALE)
@@ -37,17 +38,20 @@ def test_all_bundled_models_together_are_small() -> None:
     assert sum(path.stat().st_size for path in ZOO.rglob("*") if path.is_file()) <= 40e6
 
 
-def test_m_var_uses_the_tokenizer_of_var_and_has_as_many_parameters() -> None:
-    var, mvar = (vgen.load(name) for name in NEXT_SCALE)
+def test_next_scale_models_can_be_compared() -> None:
+    """As many parameters each; M-VAR on VAR's own tokenizer, NFIG's of the same size with other aims."""
+    var, mvar, nfig = (vgen.load(name) for name in NEXT_SCALE)
     assert mvar.files[1] == FOLDER / "tokenizer" / "diffusion_pytorch_model.safetensors"
-    sizes = [sum(p.numel() for p in pipe.generator.parameters()) for pipe in (var, mvar)]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.01
+    sizes = [sum(p.numel() for p in pipe.generator.parameters()) for pipe in (var, mvar, nfig)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01 and sizes[0] == sizes[2]
+    shapes = [{k: v.shape for k, v in pipe.tokenizer.state_dict().items()} for pipe in (var, nfig)]
+    assert shapes[0] == shapes[1] and nfig.tokenizer.config["band_schedule"] == "nyquist"
 
 
 @pytest.mark.parametrize("name", NEXT_SCALE)
 def test_next_scale_models_are_half_precision(name: str) -> None:
     files = sorted((ZOO / name).rglob("*.safetensors"))
-    assert [file.parent.name for file in files] == ["generator", "tokenizer"][: 2 if name == "fashion-var" else 1]
+    assert [file.parent.name for file in files] == ["generator", "tokenizer"][: 1 if name == "fashion-mvar" else 2]
     for file in files:
         for name, tensor in load_file(file).items():
             exact = "codebook." in name or "phi." in name  # codes stay float32
@@ -63,21 +67,22 @@ def test_class_names_are_in_the_configuration(pipeline: NextScalePipeline) -> No
 
 
 def test_the_weights_fit_the_committed_presets(pipeline: NextScalePipeline) -> None:
-    tokenizer, generator = load_config("fashion-vq").model, load_config(pipeline.folder.name).model
+    name = pipeline.folder.name
+    tokenizer, generator = load_config(TOKENIZERS[name]).model, load_config(name).model
     for part, settings in ((pipeline.tokenizer, tokenizer), (pipeline.generator, generator)):
         for name, value in settings.items():
             if name != "init_gate":  # serves the first step only
                 assert part.config[name] == value, name
 
 
-@pytest.mark.parametrize("name", [*NEXT_SCALE, "fashion-var/tokenizer"])
+@pytest.mark.parametrize("name", [*NEXT_SCALE, "fashion-var/tokenizer", "fashion-nfig/tokenizer"])
 def test_the_card_says_how_it_was_made(name: str) -> None:
     card = ZOO / name / "README.md"
     text = card.read_text()
-    preset = "fashion-vq" if card.parent.name == "tokenizer" else name
+    preset = TOKENIZERS[card.parents[1].name] if card.parent.name == "tokenizer" else name
     for part in ("license:", "fashion-mnist", f"--preset {preset}", "CPU-minutes", "code revision", "parameters"):
         assert part in text, part
-    assert ("test_psnr" if preset == "fashion-vq" else "test_loss") in text
+    assert ("test_psnr" if preset.endswith("-vq") else "test_loss") in text
     assert "-dirty" not in text  # a revision anybody can check out
 
 

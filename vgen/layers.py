@@ -32,7 +32,9 @@ SMALL_SCORES = 1 << 17  # entries of one sample's score matrix below which the p
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Softmax attention: q (B, H, M, D), k and v (B, H, N, D), mask (M, N) bool, True where allowed -> (B, H, M, D).
+    """Softmax attention: q (B, H, M, D), k and v (B, H, N, D) -> (B, H, M, D).
+
+    `mask` (M, N) is bool, True where allowed, or of q's dtype, added to the scores.
 
     On a CPU in bfloat16 the plain matrix form is 2.2 times faster than SDPA, training or not (one AVX512-BF16 core);
     in float32 SDPA wins as soon as the scores outgrow the cache. The choice never depends on the batch size, so that
@@ -43,7 +45,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = (q if scale == 1 else q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1) @ v
 
 

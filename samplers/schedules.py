@@ -1,11 +1,16 @@
-"""How many masked tokens each step reveals, and which steps share one whole evaluation (ReCAP, 2505.19089).
+"""Which positions, or frames, a step works on: how many masked tokens it reveals, how noisy each frame is after it.
 
-Pure functions of numbers. A schedule gamma(r) is the share of tokens still masked after the share r of the steps.
+Pure functions of numbers. Masked tokens: a schedule gamma(r) is the share still masked after the share r of the
+steps; steps may share one whole evaluation (ReCAP, 2505.19089). Frames: levels of diffusion forcing (2407.01392).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from vgen.types import SettingError
 
@@ -64,6 +69,36 @@ def group_steps(counts: Sequence[int], full_steps: int, partial_steps: int) -> l
     groups = [[count] for count in counts[:full_steps]]
     size = partial_steps + 1
     return groups + [list(counts[i : i + size]) for i in range(full_steps, len(counts), size)]
+
+
+def flow_sigmas(steps: int) -> Tensor:
+    """Noise levels of a frame before each of `steps` Euler steps and after the last, (steps + 1,) float32, 1 to 0.
+
+    FAR's (2503.19325): evenly from 1 to 0.001, then 0. Raises SettingError for less than one step.
+    """
+    if steps < 1:
+        raise SettingError(f"steps is {steps}: it must be at least 1")
+    return torch.from_numpy(np.append(np.linspace(1000, 1, steps) / 1000, 0)).float()
+
+
+def num_passes(frames: int, steps: int, uncertainty: float) -> int:
+    """Evaluations in which `frames` frames make `steps` steps each, see `level_rows`. Raises SettingError."""
+    if frames < 1 or steps < 1:
+        raise SettingError(f"there are {frames} frames and {steps} steps: at least one of each is needed")
+    if not 0 <= uncertainty <= steps:
+        raise SettingError(f"uncertainty is {uncertainty}: it must lie in 0..{steps}, the number of steps")
+    return steps + math.floor((frames - 1) * uncertainty)
+
+
+def level_rows(frames: int, steps: int, uncertainty: float) -> Iterator[list[int]]:
+    """Diffusion forcing's schedule (2407.01392): before and after every pass, how many steps each frame has left.
+
+    Frames start `uncertainty` passes apart: 0 denoises all together, `steps` one frame after the other, anything
+    between forms a pyramid. The first row is all `steps`, the last all 0. Raises SettingError.
+    """
+    starts = [math.floor(frame * uncertainty) for frame in range(frames)]
+    for done in range(num_passes(frames, steps, uncertainty) + 1):
+        yield [min(max(steps + start - done, 0), steps) for start in starts]
 
 
 def _schedule(num_tokens: int, steps: int, schedule: str) -> Callable[[float], float]:

@@ -16,8 +16,10 @@ from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
 from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
+from vgen.pipelines.clips import CONTEXT_FILE
 from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
+from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.kl import KLAutoencoder
@@ -27,7 +29,7 @@ from vgen.types import CheckpointError, SettingError
 
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
-PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline)}
+PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline, NextFramePipeline)}
 COMPONENTS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -139,7 +141,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "README.md"]
+    wanted = ["*.json", "*.safetensors", "README.md", CONTEXT_FILE]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

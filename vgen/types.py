@@ -27,19 +27,22 @@ class Step:
 
     index: int  # counts from 0
     total: int
-    tokens: Any  # next scale: list over scales of (B, n_k) int64; others: (B, N) int64, or latents (B, N, C) for MAR
-    known: Tensor  # (B, L) bool over all positions of the finished sample, in sampling order
+    tokens: Any  # next scale: list over scales of (B, n_k) int64; masked: (B, N) int64, or latents (B, N, C) for MAR;
+    #              next frame: latents (B, F, C, H, W), each frame at its noise level of `time`
+    known: Tensor  # (B, L) bool over all positions of the finished sample, in sampling order; next frame: (B, F)
     evaluations: int  # model evaluations so far; guidance's second branch is part of the same one
     latent: Tensor | None = None  # what the tokenizer decodes, where tokens alone do not determine it
     evaluated: Tensor | None = None  # masked families: (B, L) bool, positions evaluated in this step; None: all
-    time: Tensor | None = None  # masked diffusion: (B,) diffusion time after this step, from 1 down to 0
+    time: Tensor | None = None  # masked diffusion: (B,) diffusion time after this step, from 1 down to 0;
+    #                             next frame: (B, F) noise level sigma of each frame, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a pipeline returns for a batch of B samples."""
+    """What a pipeline returns for a batch of B samples: images, or the frames of videos."""
 
-    images: Any  # list of PIL images, (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; latents for "latent"
+    images: Any = None  # list of PIL images, (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; latents for "latent"
+    frames: Any = None  # videos: list of lists of PIL images, (B, F, H, W, 3) or (B, F, 3, H, W); images is None then
     tokens: Any  # as in Step
     evaluations: int
     seconds: float  # wall clock, decoding included
@@ -71,7 +74,10 @@ class Request:
     def row(self, index: int) -> "Request":
         """The request that makes sample `index` of this one alone."""
         labels = None if self.class_labels is None else [self.class_labels[index]]
-        return replace(self, class_labels=labels, seeds=[self.seeds[index]])
+        settings, actions = self.settings, self.settings.get("actions")
+        if isinstance(actions, list) and actions and isinstance(actions[0], list):  # videos: of each sample its own
+            settings = settings | {"actions": actions[index]}
+        return replace(self, class_labels=labels, seeds=[self.seeds[index]], settings=settings)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -187,4 +193,50 @@ class MaskedGenerator(Protocol):
         self, tokens: Tensor, class_labels: Tensor, positions: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """Logits (B, n, V) float32 of tokens (B, n), masked ones included, at `positions` (B, n), all for None."""
+        ...
+
+
+class FrameCache(Protocol):
+    """Keys and values of the frames that a video generator has seen in their final form."""
+
+    def first_needed(self, frame: int) -> int:
+        """Number of the first frame that must be evaluated along with `frame`, those before it being finished."""
+        ...
+
+
+class VideoGenerator(Protocol):
+    """What next-frame sampling asks of a generator: frame k sees frames up to k, each at a noise level of its own."""
+
+    @property
+    def config(self) -> Any:
+        """With `context_patch_size`: None, or a number where frames beyond a window are seen more coarsely; such a
+        generator takes one noisy frame at a time with a cache."""
+        ...
+
+    def new_cache(self, batch: int, frames: int, attend_last: int | None = None) -> Any:
+        """A FrameCache for videos of `frames` frames, `batch` rows."""
+        ...
+
+    def __call__(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        class_labels: Tensor | None = None,
+        actions: Tensor | None = None,
+        cache: Any = None,
+        start: int = 0,
+        keep: int = 0,
+        attend_last: int | None = None,
+        slope: float | None = None,
+    ) -> Tensor:
+        """Velocities (B, F, C, H, W) of latents (B, F, C, H, W) at timesteps (B, F): 1000 sigma, or -1 for a frame
+        that is clean.
+
+        Args:
+            class_labels: (B,); actions: (B, F); None is the null class for all.
+            cache, start, keep: the frames are numbers `start`.. of the video, all before them are in the cache, which
+                takes up the first `keep` of these.
+            attend_last: frame i sees frames i - attend_last..i alone.
+            slope: temporal decay of attention; None is the model's own.
+        """
         ...

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vgen.converters.far import convert_far
 from vgen.converters.mar import convert_mar
 from vgen.converters.maskgit import convert_mage, convert_maskgit
 from vgen.converters.mvar import convert_mvar
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Callable[..., Pipeline]] = {
     "maskgit": convert_maskgit,
     "mage": convert_mage,
     "mar": convert_mar,
+    "far": convert_far,
 }
 
 
@@ -30,7 +32,7 @@ def convert(family: str, *, transformer: Source, tokenizer: Source | None = None
     """Turn published weights into a pipeline.
 
     Args:
-        family: "var", "mvar", "maskgit", "mage" or "mar".
+        family: "var", "mvar", "maskgit", "mage", "mar" or "far".
         transformer: a file (safetensors, or .pth without pickled objects) or a state dict.
         tokenizer: the same for the tokenizer; without it the pipeline gives no images.
         overrides: configuration values that shapes cannot tell, or tell wrongly.

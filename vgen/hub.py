@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from vgen.files import weight_files
+from vgen.generators.far import FAR
 from vgen.generators.mage import MAGE
 from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
@@ -21,6 +22,7 @@ from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
 from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.tokenizers.frames import DCAutoencoder, PatchPCA, PixelPatches, VQLatents
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.kl import KLAutoencoder
 from vgen.tokenizers.multiscale import MultiScaleVQ
@@ -30,7 +32,8 @@ from vgen.types import CheckpointError, SettingError
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
 PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline, NextFramePipeline)}
-COMPONENTS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR)
+CODECS = (DCAutoencoder, VQLatents, PatchPCA, PixelPatches)  # of video frames
+COMPONENTS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR, *CODECS, FAR)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -91,12 +91,12 @@ def _sloped(allowed: Tensor, gap: Tensor, slope: float) -> Tensor:
 
 
 def spanned_attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Attention of queries (B, heads, M, d) to keys and values (B, heads, N, d), span by span."""
+    """Attention of queries (B, heads, M, d) to keys and values (B, heads, N, d), span by span; none for no queries."""
     results = []
     for rows, columns, mask in spans:
         bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
         results.append(attention(q[:, :, rows], k[:, :, columns], v[:, :, columns], bias))
-    return torch.cat(results, 2) if len(results) > 1 else results[0]
+    return torch.cat(results, 2) if len(results) > 1 else (results or [q])[0]
 
 
 class FrameCache:

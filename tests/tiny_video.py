@@ -4,7 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tiny_models import randomise
 from torch import Tensor
+
+from vgen.generators.far import FAR
+from vgen.pipelines.next_frame import NextFramePipeline
+from vgen.tokenizers.frames import PixelPatches
 
 SHAPE = (2, 3, 3)  # of a frame's latents
 
@@ -132,3 +137,28 @@ class Autoregression:
                 part = slice(max(0, i - reach), i + 1)
                 weights[i, part] = torch.linalg.solve(seen[part, part], target[i, part])
         return torch.einsum("ij,bjchw->bichw", weights, latents)
+
+
+def tiny_far(**changes: Any) -> FAR:
+    """4 x 4 latents of four channels, two blocks of width 32; random weights."""
+    config: dict[str, Any] = {"in_channels": 4, "side": 4, "width": 32, "depth": 2, "heads": 2, "rope_axes": (4, 6, 6)}
+    model = FAR(**(config | changes))
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        if "norm_" in name:
+            parameter.add_(2)  # attention that tells frames apart
+    return model  # type: ignore[no-any-return]
+
+
+def tiny_pipeline(generator: FAR | None = None, tokenizer: bool = True, **named: Any) -> NextFramePipeline:
+    """Grey videos of 8 x 8 pixels, four of them a token."""
+    codec = PixelPatches(image_size=8, patch_size=2, image_channels=1) if tokenizer else None
+    pipeline = NextFramePipeline(codec, generator or tiny_far(), **named)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def clips(number: int, frames: int, seed: int = 0) -> Tensor:
+    """Grey clips (number, frames, 3, 8, 8) uint8."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (number, frames, 1, 8, 8), generator=rng, dtype=torch.uint8).expand(-1, -1, 3, -1, -1)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen.pipelines.base import as_tensor
 from vgen.types import CheckpointError, SettingError
 
 CONTEXT_FILE = "context.npz"  # in a model's folder: arr_0 (K, F, S, S, 3 or 1) uint8
@@ -36,7 +37,7 @@ def to_clips(context: Any, size: int) -> tuple[Tensor, bool]:
             )
         return torch.stack(clips), True
     if isinstance(context, (np.ndarray, Tensor)) and context.ndim == 5:
-        return _frames(torch.as_tensor(context), size), True
+        return _frames(_tensor(context), size), True
     return _to_clip(context, size)[None], False
 
 
@@ -52,7 +53,12 @@ def _to_clip(context: Any, size: int) -> Tensor:
         raise SettingError(f"context is a {type(context).__name__}: give an array, a tensor or a list of PIL images")
     if context.ndim != 4:
         raise SettingError(f"a context clip has shape {tuple(context.shape)}: give (F, {size}, {size}, 3)")
-    return _frames(torch.as_tensor(context), size)
+    return _frames(_tensor(context), size)
+
+
+def _tensor(values: np.ndarray | Tensor) -> Tensor:
+    contiguous = values if isinstance(values, Tensor) else np.ascontiguousarray(values)
+    return as_tensor("context", contiguous, torch.device("cpu"))
 
 
 def _frames(frames: Tensor, size: int) -> Tensor:

@@ -258,7 +258,14 @@ class NextFramePipeline(Pipeline):
         """What a generator with a window of full resolution cannot do beyond it."""
         config, made = self.generator.config, chosen.frames - chosen.context_frames
         window = config["window"]
-        if config["context_patch_size"] is None or chosen.frames <= window:
+        if config["context_patch_size"] is None:
+            return
+        if chosen.context_window is not None:
+            raise SettingError(
+                f"context_window is {chosen.context_window}, and this model sees old frames coarsely instead of "
+                "forgetting them: leave context_window out"
+            )
+        if chosen.frames <= window:
             return
         busy = min(made, math.ceil(chosen.steps / chosen.spacing)) if chosen.spacing else made
         if busy > window:
@@ -347,20 +354,20 @@ class NextFramePipeline(Pipeline):
     def needed_bytes(self, batch: int, settings: VideoSettings, conditional: bool = False) -> dict[str, int]:
         """Estimated bytes of a run by what they hold."""
         config, frames = self.generator.config, settings.frames
-        tokens = (config["side"] // config["patch_size"]) ** 2
         rows = batch * len(branches(settings, conditional))
-        held = min(frames, settings.context_window or frames)
+        held = frames
+        if settings.cached and settings.context_window is not None:
+            held = min(frames, settings.context_window + 2)  # with the frame just finished and the one at work
         coarse = config["context_patch_size"]
         at_full = held if coarse is None else min(held, config["window"])
-        slots = tokens * at_full + (held - at_full) * ((config["side"] // coarse) ** 2 if coarse else 0)
-        width = torch.finfo(self.generator.dtype).bits // 8
-        if settings.cached:
-            sight = 2 * config["depth"] * rows * slots * config["width"] * width
-        else:  # all frames at once: queries, keys, values and an MLP's middle, and who sees whom
-            sight = 8 * rows * slots * config["width"] * width + slots**2
+        tokens = at_full * (config["side"] // config["patch_size"]) ** 2
+        tokens += (held - at_full) * (config["side"] // (coarse or 1)) ** 2
+        # Keys and values of every layer, or one layer at work: queries, keys, values, the stream, an MLP's middle.
+        copies = 2 * config["depth"] if settings.cached else 8
+        attention = copies * rows * tokens * config["width"] * torch.finfo(self.generator.dtype).bits // 8
         latents = 3 * batch * frames * math.prod(self.latent_shape) * 4
         size = 0 if self.tokenizer is None else self.tokenizer.image_size
-        return {"attention": sight, "latents": latents, "pixels": batch * frames * 3 * size**2 * (4 + 4 + 1)}
+        return {"attention": attention, "latents": latents, "pixels": batch * frames * 3 * size**2 * (4 + 4 + 1)}
 
     def _free_bytes(self) -> int:
         if self.device.type == "cuda":

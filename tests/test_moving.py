@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from tiny import pattern, write_mnist
 from torch import Tensor
 
-from vgen.moving import MovingDigits, bounce
+from vgen.moving import MovingDigits, VideoFolder, bounce, luma
 from vgen.types import SettingError
+from vgen.videos import save_video
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,140 @@ def test_settings_out_of_bounds_are_named(root: Path, options: dict[str, Any], s
 def test_no_clips_are_no_batch(root: Path) -> None:
     with pytest.raises(SettingError, match="at least one index"):
         MovingDigits(root, "train").clips([])
+
+
+# ---- folders of videos
+
+
+def levels(number: int, frames: int = 12, height: int = 32, width: int = 32) -> np.ndarray:
+    """Frame i of video n has the brightness 10 * n + 8 * i, but for a white line at the left."""
+    grey = (10 * number + 8 * np.arange(frames)).astype(np.uint8)
+    made = np.broadcast_to(grey[:, None, None, None], (frames, height, width, 3)).copy()
+    made[:, :, :2] = 255
+    return made
+
+
+def write_videos(root: Path, suffix: str, number: int, folder: str = "") -> None:
+    for i in range(number):
+        save_video(levels(i), root / folder / f"{i:03d}{suffix}", 10)
+
+
+def shown(clip: Tensor) -> list[int]:
+    """Brightness of each frame (F, C, S, S)."""
+    return clip[:, 0, 16, 16].tolist()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ""])
+def test_clips_are_pieces_of_their_videos(tmp_path: Path, suffix: str) -> None:
+    write_videos(tmp_path, suffix, 3)
+    source = VideoFolder(tmp_path, "train", size=32, frames=4, stride=2)
+    clips, labels = source.clips([0, 1, 2, 4])
+    assert clips.shape == (4, 4, 3, 32, 32) and clips.dtype == torch.uint8 and labels.tolist() == [[0]] * 4
+    assert len(source) == 3 and source.class_names == ["video"]
+    for clip, number in zip(clips, [0, 1, 2, 1], strict=True):
+        assert np.abs(np.array(shown(clip)) - levels(number)[:8:2, 0, 9, 0]).max() <= 3
+    starts = set()
+    for index in range(40):
+        values = np.array(shown(source.clips([index], seed=7)[0][0]))
+        start = round((values[0] - 10 * (index % 3)) / 8)
+        assert np.abs(values - levels(index % 3)[start::2][:4, 0, 9, 0]).max() <= 3
+        starts.add(start)
+    assert starts == set(range(6))  # 12 frames hold six clips of seven
+
+
+def test_a_clip_of_a_folder_follows_from_its_number_and_seed(tmp_path: Path) -> None:
+    save_video(levels(0, width=64), tmp_path / "0.gif", 10)
+    save_video(levels(1, height=48), tmp_path / "1.gif", 10)
+    source = VideoFolder(tmp_path, "train", size=16, frames=3)
+    clips, _ = source.clips([5, 2, 9], seed=1)
+    for place, index in enumerate([5, 2, 9]):
+        assert torch.equal(VideoFolder(tmp_path, "train", size=16, frames=3).clips([index], seed=1)[0][0], clips[place])
+    assert len({source.clips([0], seed=seed)[0].numpy().tobytes() for seed in range(8)}) > 4
+    assert len({source.clips([0, 2, 4, 6], seed=0)[0][i].numpy().tobytes() for i in range(4)}) > 2  # every epoch anew
+    line = [bool((clip[0, 0, :, 0] > 200).all()) for clip in source.clips([0] * 4 + [2, 4, 6, 8], seed=3)[0]]
+    assert not all(line)  # crops move
+
+
+def test_class_folders_are_labelled_by_sorted_names(tmp_path: Path) -> None:
+    write_videos(tmp_path, ".gif", 2, "walk")
+    write_videos(tmp_path, "", 1, "jump")
+    write_videos(tmp_path, ".gif", 1, "run")
+    Image.new("L", (8, 8)).save(tmp_path / "run" / "thumbnail.png")  # does not make a video of the folder
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "run" / ".000.gif").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    source = VideoFolder(tmp_path, "test", size=32, frames=2)
+    assert source.class_names == ["jump", "run", "walk"] and source.labels.tolist() == [0, 1, 2, 2]
+    assert [path.name for path in source.paths] == ["000", "000.gif", "000.gif", "001.gif"]
+    assert source.clips([3, 0])[1].tolist() == [[2], [0]]
+
+
+def test_every_twentieth_video_is_held_out(tmp_path: Path) -> None:
+    for i in range(41):
+        (tmp_path / f"{i:03d}.gif").write_bytes(b"")
+    train, test = VideoFolder(tmp_path, "train"), VideoFolder(tmp_path, "test")
+    assert [path.name for path in test.paths] == ["019.gif", "039.gif"]
+    assert len(train) == 39 and not set(train.paths) & set(test.paths)
+
+
+def test_grey_clips_are_luma(tmp_path: Path) -> None:
+    colour = np.zeros((2, 8, 8, 3), np.uint8)
+    colour[..., 0], colour[..., 1], colour[..., 2] = 200, 100, 50
+    save_video(colour, tmp_path / "0.gif", 10)
+    clips, _ = VideoFolder(tmp_path, "train", size=8, frames=2, channels=1).clips([0])
+    assert clips.shape == (1, 2, 1, 8, 8) and set(clips.flatten().tolist()) == {124}  # 59.8 + 58.7 + 5.7
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    assert torch.equal(luma(every), every[:1])
+
+
+def test_hidden_frames_do_not_shorten_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length that counts more frames than there are: the clip is then taken from the start."""
+    write_videos(tmp_path, ".gif", 1)
+    source = VideoFolder(tmp_path, "train", size=32, frames=10)
+    monkeypatch.setattr(source, "_length", lambda path: 16)
+    assert all(source.clips([i], seed=0)[0].shape[1] == 10 for i in range(8))
+
+
+def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
+    write_videos(tmp_path, "", 2)
+    first = VideoFolder(tmp_path, "train").fingerprint()
+    assert VideoFolder(tmp_path, "train").fingerprint() == first
+    assert VideoFolder(tmp_path, "train", size=32).fingerprint() != first
+    Image.new("L", (32, 32)).save(tmp_path / "001" / "000011.png")
+    assert VideoFolder(tmp_path, "train").fingerprint() != first
+
+
+def test_videos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    write_videos(tmp_path, ".gif", 1)
+    with pytest.raises(SettingError, match=r"000\.gif has 12 frames, a clip needs 13: remove it"):
+        VideoFolder(tmp_path, "train", frames=7, stride=2).clips([0])
+    (tmp_path / "000.gif").write_bytes(b"GIF89a")
+    with pytest.raises(SettingError, match=r"000\.gif"):
+        VideoFolder(tmp_path, "train").clips([0])
+    with pytest.raises(SettingError, match="at least one index"):
+        VideoFolder(tmp_path, "train").clips([])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"split": "valid"}, "split is 'valid'"),
+        ({"size": 0}, "size is 0"),
+        ({"frames": 0}, "frames is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"channels": 2}, "channels is 2"),
+        ({}, "no videos in"),
+    ],
+)
+def test_a_folder_that_cannot_be_opened_says_why(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        VideoFolder(tmp_path, **({"split": "train"} | options))
+
+
+def test_other_places_hold_no_videos(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"no folder .*nowhere"):
+        VideoFolder(tmp_path / "nowhere", "train")
+    write_videos(tmp_path, ".gif", 1)
+    write_videos(tmp_path, ".gif", 1, "class")
+    with pytest.raises(SettingError, match=r"both videos such as 000\.gif and class folders such as class"):
+        VideoFolder(tmp_path, "train")

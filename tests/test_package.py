@@ -16,7 +16,7 @@ import vgen
 # DESIGN.md section 1: each floor stands only on those below it. A package may import from its own floor itself.
 FLOORS = [
     {"vgen", "vgen.types"},
-    {"vgen.files", "vgen.data", "vgen.scan", "vgen.spectrum", "vgen.rng", "vgen.progress"},
+    {"vgen.files", "vgen.ffmpeg", "vgen.data", "vgen.scan", "vgen.spectrum", "vgen.rng", "vgen.progress"},
     {"vgen.layers", "vgen.tokenizers", "vgen.samplers", "vgen.media"},
     {"vgen.generators", "vgen.videos"},
     {"vgen.pipelines", "vgen.moving"},

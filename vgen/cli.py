@@ -378,7 +378,7 @@ def evaluate(
 
 @app.command()
 def convert(
-    family: Annotated[str, typer.Argument(help="var, mvar, maskgit, mage or mar.")],
+    family: Annotated[str, typer.Argument(help="var, mvar, maskgit, mage, mar or far.")],
     transformer: Annotated[Path, typer.Option(help="The published transformer, .pth or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
     tokenizer: Annotated[Path | None, typer.Option(help="The published tokenizer; images need it.")] = None,
@@ -387,6 +387,13 @@ def convert(
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads where the file cannot tell.")] = None,
     decoder_heads: Annotated[int | None, typer.Option(help="mage: those of its decoder.")] = None,
+    side: Annotated[int | None, typer.Option(help="far: rows and columns of a latent, 8 if not told.")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="far: rows and columns of a token, 1 if not told.")] = None,
+    rope_axes: Annotated[
+        str | None, typer.Option(help="far: head channels for time, row and column: 16,24,24.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="far, of FAR-Long: frames at full resolution, 16.")] = None,
+    slope: Annotated[float | None, typer.Option(help="far: temporal decay of attention, 0.")] = None,
     class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 (default), bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -397,19 +404,24 @@ def convert(
     from vgen import conversion, hub
 
     kind = hub.parse_dtype(dtype)
-    given = {"heads": heads, "decoder_heads": decoder_heads}
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if scales:
-        try:
-            overrides["scales"] = [int(side) for side in scales.split(",")]
-        except ValueError as error:
-            raise typer.BadParameter(f"--scales {scales!r}: write whole numbers like 1,2,3") from error
+    given: dict[str, Any] = {"heads": heads, "decoder_heads": decoder_heads, "side": side, "patch_size": patch_size}
+    given |= {"window": window, "slope": slope}
+    given |= {"scales": _whole_numbers("--scales", scales), "rope_axes": _whole_numbers("--rope-axes", rope_axes)}
+    overrides = {name: value for name, value in given.items() if value is not None}
     if class_names:
         overrides["class_names"] = class_names.read_text().splitlines()
     pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **overrides)
     print(f"vgen: writing {out}", file=sys.stderr)
     conversion.save(pipeline, out, kind)
     print(out)
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """A list such as 1,2,3. Raises typer's error for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else None
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {text!r}: write whole numbers like 1,2,3") from error
 
 
 @app.command()

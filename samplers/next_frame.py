@@ -108,14 +108,14 @@ class Velocities:
         if settings.cached and (generator.config["context_patch_size"] is None or settings.spacing >= settings.steps):
             rows = len(self.branches) * len(context)
             self.cache = generator.new_cache(rows, settings.frames, settings.context_window)
-        self.finished = -1  # frames that the cache was last told of
 
     def __call__(self, latents: Tensor, first: int, stop: int, sigma: Tensor) -> Tensor:
         """Velocities (B, stop - first, C, H, W) of frames first..stop - 1 of latents (B, F, C, H, W).
 
         Those before are finished; later ones have not begun, and nothing looks ahead. sigma: (stop - first,).
         """
-        start = self._start(first)
+        # Frames that have become history since the last evaluation are passed along, to be cached.
+        start = 0 if self.cache is None else self.cache.first_needed(first)
         work, times = latents[:, first:stop], (TIMESTEPS * sigma).expand(len(latents), -1)
         inputs, timesteps = [], []
         for branch in self.branches:
@@ -144,13 +144,6 @@ class Velocities:
             return None
         null = torch.full_like(ids, null_class)
         return torch.cat([null if branch.null else ids for branch in self.branches])
-
-    def _start(self, first: int) -> int:
-        """Where an evaluation begins: what has become history since the last one is passed along, to be cached."""
-        if self.cache is None:
-            return 0
-        known, self.finished = self.finished == first, first
-        return first if known else self.cache.first_needed(first)
 
     def _history(self, latents: Tensor, start: int, stop: int, level: float) -> tuple[Tensor, Tensor]:
         """Finished frames start..stop - 1 as a branch sees them, (B, n, C, H, W), and their timesteps (n,)."""

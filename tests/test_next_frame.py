@@ -372,6 +372,7 @@ def test_history_guidance_of_one_is_off_and_of_none_forgets() -> None:
         assert (past == 1000).all()
         for k in range(len(past)):
             assert torch.equal(call["latents"][:, k], noise_of(k, key=HISTORY_KEY))
+            assert not near(call["latents"][:, k], noise_of(k), 1)  # which the frame itself started from
 
 
 def test_history_guidance_by_hand() -> None:

@@ -200,7 +200,8 @@ class FrameCache(Protocol):
     """Keys and values of the frames that a video generator has seen in their final form."""
 
     def first_needed(self, frame: int) -> int:
-        """Number of the first frame that must be evaluated along with `frame`, those before it being finished."""
+        """Number of the first frame that must be evaluated along with `frame`, those before it being finished;
+        `frame` itself where all of them are held."""
         ...
 
 

@@ -163,6 +163,7 @@ def test_a_cast_codec_still_gives_float32(codec: Any) -> None:
     before = codec.encode(clip)
     nn.Module.to(codec, torch.bfloat16)
     after = codec.encode(clip)
+    assert codec.dtype == torch.bfloat16  # what a pipeline reports
     assert after.dtype == torch.float32 and codec.decode(after).dtype == torch.float32
     assert (after - before).norm() / before.norm() < 0.1
     if isinstance(codec, PatchPCA | PixelPatches):

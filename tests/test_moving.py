@@ -172,6 +172,8 @@ def test_the_seed_gives_other_clips(root: Path) -> None:
     source = MovingDigits(root, "train", frames=3, seed=5)
     assert torch.equal(source.clips([1])[0], source.clips([1], seed=5)[0])
     assert not torch.equal(source.clips([1])[0], source.clips([1], seed=6)[0])
+    other = MovingDigits(root, "test", frames=3, seed=5)
+    assert not np.array_equal(corners(other.clips([1])[0][0]), corners(source.clips([1])[0][0]))  # nor do they repeat
     assert len(source) == 10_000 and source.class_names == [str(i) for i in range(10)]
 
 

@@ -63,7 +63,24 @@ def pixels_of(images: Tensor) -> Tensor:
     return images.float().clamp(-1, 1).expand(*images.shape[:-3], 3, -1, -1)
 
 
-class PatchPCA(KeepFloat32, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PixelCodec(KeepFloat32, ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A codec without a network: it computes in float32, and says that it has the type that it was cast to.
+
+    Pipelines take the type they report from any one of their parts.
+    """
+
+    cast_to = torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PixelCodec":
+        self.cast_to = fn(torch.empty(0, dtype=self.cast_to)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cast_to
+
+
+class PatchPCA(PixelCodec):
     """Principal components of square pixel patches: a linear codec that is fitted, not trained.
 
     Components are ordered by variance and share one scale, so they keep their relative variances: whitening would make
@@ -139,7 +156,7 @@ class PatchPCA(KeepFloat32, ModelMixin, ConfigMixin):  # type: ignore[misc]
         return F.pixel_shuffle(patches + self.mean[:, None, None], self.patch_size)
 
 
-class PixelPatches(KeepFloat32, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PixelPatches(PixelCodec):
     """Pixels as they are, those of a patch stacked as channels: nothing is lost and nothing is learnt.
 
     `fit` may set the mean and the scale of all pixels together; without it latents are the pixels, in [-1, 1].

@@ -80,7 +80,7 @@ def write_mp4(frames: Iterable[memoryview], width: int, height: int, fps: float,
     Colours follow BT.709 and are marked so; without the mark players guess by the size of the frame.
     """
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.9g}", "-i", "-"]
-    colour = f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},format=yuv420p"
+    colour = f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER}"
     colour += ",setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     codec = ["-c:v", "libx264", "-crf", str(QUALITY), "-pix_fmt", "yuv420p", "-vf", colour]
     with tempfile.TemporaryDirectory() as folder:

@@ -97,23 +97,12 @@ def _write_gif(frames: np.ndarray, path: Path, fps: float, request: Request | No
     info = {"loop": 0, "comment": request.to_json().encode() if request else b""}
     with atomic_file(path) as partial, partial.open("wb") as file:
         for number, frame in enumerate(frames):
-            image = palette_image(frame)
+            image = Image.fromarray(frame).quantize(256)  # median cut: exact where there are no more
             if number == 0:
                 file.writelines(getheader(image.copy(), info=info)[0])
             duration = int(ends[number + 1] - ends[number])
             file.writelines(getdata(image, duration=duration, include_color_table=True))
         file.write(b";")
-
-
-def palette_image(frame: np.ndarray) -> Image.Image:
-    """A frame (H, W, 3) in at most 256 colours: exactly where it has no more, else in the best that Pillow finds."""
-    packed = frame.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    colours, places = np.unique(packed, return_inverse=True)
-    if len(colours) > 256:
-        return Image.fromarray(frame).quantize(256)
-    image = Image.fromarray(places.reshape(frame.shape[:2]).astype(np.uint8), mode="P")
-    image.putpalette(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.uint8).tobytes())
-    return image
 
 
 def _write_npz(frames: np.ndarray, path: Path, fps: float, request: Request | None) -> None:

@@ -664,6 +664,7 @@ def test_a_saved_model_comes_back_with_its_settings_and_velocities(model: FAR, t
 # ---- mistakes
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no head": ({"heads": 0}, "heads is 0: it must be at least 1"),
     "heads": ({"heads": 3}, "width 32 is not a multiple of heads 3"),
     "axes": ({"rope_axes": (4, 6, 4)}, r"rope_axes \(4, 6, 4\) must be three even numbers whose sum is 16"),
     "odd axes": ({"rope_axes": (4, 5, 7)}, "three even numbers"),

@@ -80,6 +80,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         spatial_embedding: bool = False,
     ) -> None:
         super().__init__()
+        check_positive(in_channels=in_channels, side=side, patch_size=patch_size, width=width, depth=depth, heads=heads)
         check_sizes(width, heads, rope_axes, side, patch_size, context_patch_size)
         check_choices(num_classes, num_actions, window, slope, prediction)
         self.null_class = num_classes or num_actions
@@ -175,8 +176,8 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """What the network gives, velocities or samples by `prediction`: what training compares. As `forward`."""
         self._check(latents, timesteps, actions)
         self._check_reach(attend_last)
-        keep = self._check_cache(cache, latents, start, keep)
         count = latents.shape[1]
+        keep = 0 if cache is None else cache.check(len(latents), start, count, keep)
         coarse = max(0, count - self.config["window"]) if self.is_long else 0
         sizes = [self.coarse_tokens] * coarse + [self.frame_tokens] * (count - coarse)
         given = FrameRuns(list(range(start, start + count)), sizes)
@@ -364,24 +365,17 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if attend_last is not None and attend_last < 0:
             raise SettingError(f"attend_last is {attend_last}: it must be at least 0")
 
-    def _check_cache(self, cache: FrameCache | None, latents: Tensor, start: int, keep: int) -> int:
-        """How many of the frames given are to be stored."""
-        if cache is None:
-            return 0
-        batch, count = latents.shape[:2]
-        if cache.keys.shape[1] != batch:
-            raise SettingError(f"the cache is for {cache.keys.shape[1]} rows, the latents have {batch}")
-        if start != (needed := cache.first_needed(start + count - 1)):
-            raise SettingError(f"frames {start}..{start + count - 1} were given, the cache needs them from {needed}")
-        if not 0 <= keep <= count or (self.is_long and keep != count - 1):
-            rule = f"{count - 1}, all but the last" if self.is_long else f"0..{count}"
-            raise SettingError(f"keep is {keep} of {count} frames: it must be {rule}")
-        return keep
-
 
 def per_frame(timesteps: Tensor, latents: Tensor) -> Tensor:
     """Timesteps (B,) or (B, F) of latents (B, F, ...), as (B, F)."""
     return timesteps if timesteps.ndim == 2 else timesteps[:, None].expand(latents.shape[:2])
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise SettingError naming the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise SettingError(f"{name} is {size}: it must be at least 1")
 
 
 def check_sizes(

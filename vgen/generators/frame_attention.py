@@ -133,6 +133,18 @@ class FrameCache:
             return self.length
         return self.coarse
 
+    def check(self, batch: int, start: int, count: int, keep: int) -> int:
+        """`keep`, where `count` frames of `batch` rows from number `start`, `keep` of them to be stored, fit what is
+        held. Raises SettingError."""
+        if self.keys.shape[1] != batch:
+            raise SettingError(f"the cache is for {self.keys.shape[1]} rows, the latents have {batch}")
+        if start != (needed := self.first_needed(start + count - 1)):
+            raise SettingError(f"frames {start}..{start + count - 1} were given, the cache needs them from {needed}")
+        if not 0 <= keep <= count or (self.window is not None and keep != count - 1):
+            rule = f"0..{count}" if self.window is None else f"{count - 1}, all but the last"
+            raise SettingError(f"keep is {keep} of {count} frames: it must be {rule}")
+        return keep
+
     def before(self, start: int) -> FrameRuns:
         """What is held and stays in use in a call whose first frame is number `start`."""
         return self.held if start == self.length else self.held.until(self.coarse)

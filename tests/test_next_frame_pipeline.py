@@ -324,6 +324,13 @@ def test_actions_reach_their_frames(player: NextFramePipeline) -> None:
     assert near(guided, latents_of(player))  # without actions: the null action
 
 
+def test_actions_are_no_classes(player: NextFramePipeline) -> None:
+    assert player.class_names == [] and player.null_class == 0
+    for call in (lambda: player.stream([0], seeds=[1]), lambda: player.request([0], [1], None, {})):
+        with pytest.raises(SettingError, match="it has no class 0"):
+            call()
+
+
 def test_guidance_of_classes(classes: NextFramePipeline) -> None:
     rows: list[int] = []
     hook = classes.generator.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
@@ -462,6 +469,7 @@ def test_wrong_actions_are_refused_at_once(player: NextFramePipeline, actions: A
         ({"context_window": 2}, "sees old frames coarsely"),
         ({"schedule": "full-sequence"}, "works on 5 frames at a time, of 5, and this model on 3 at most"),
         ({"schedule": "pyramid", "uncertainty": 0.5, "steps": 2}, "works on 4 frames at a time"),
+        ({"schedule": "pyramid", "uncertainty": 2, "steps": 7}, "works on 4 frames at a time"),
         ({"stabilization": 0.02}, "beyond 3 frames this model knows clean ones only"),
         ({"history_guidance": 1.5}, "beyond 3 frames this model knows clean ones only"),
     ],
@@ -497,6 +505,15 @@ def test_more_than_memory_holds_is_refused_with_the_estimate(
     monkeypatch.setattr(NextFramePipeline, "_free_bytes", lambda self: sum(parts.values()) - 1)
     with pytest.raises(SettingError, match="take fewer frames or videos, or a context_window"):
         pipeline.stream(seeds=[1, 2], frames=10)
+
+
+def test_guidance_needs_memory_for_both_branches(classes: NextFramePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = FAST | {"guidance_scale": 2.0}
+    enough = sum(classes.needed_bytes(1, classes.chosen_settings(settings)).values())
+    monkeypatch.setattr(NextFramePipeline, "_free_bytes", lambda self: enough)
+    classes.stream(seeds=[1], **settings)
+    with pytest.raises(SettingError, match="1 videos of 5 frames need about"):
+        classes.stream(["run"], seeds=[1], **settings)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

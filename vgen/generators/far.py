@@ -30,8 +30,8 @@ from vgen.generators.frame_blocks import (
     drop_frames,
     modulate,
     patches,
-    rotations,
     time_features,
+    token_rotations,
     whole,
 )
 from vgen.layers import Linear
@@ -285,21 +285,13 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return [old if self.context_position is None else old + self.context_position.to(self.stream), fine]
 
     def _rotation(self, numbers: Sequence[int], coarse: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (L, 1, 1, d / 2) of all tokens' angles, from the frames' numbers and places in them.
-
-        Coarse tokens stand at the first of the places they cover. Computed on the CPU: not every device has float64.
-        """
-        config, parts = self.config, []
-        size = config["patch_size"]
-        time_axis, row_axis, column_axis = config["rope_axes"]
-        time = rotations(time_axis, torch.tensor(numbers, dtype=torch.float64))[:, None]
-        for step, turned in ((config["context_patch_size"] or size, time[:coarse]), (size, time[coarse:])):
-            places = torch.arange(0, config["side"] // size, step // size)
-            rows, columns = (rotations(axis, places) for axis in (row_axis, column_axis))
-            square = len(places), len(places)
-            space = [rows[:, None].expand(*square, -1), columns[None].expand(*square, -1)]
-            space = [part.reshape(1, len(places) ** 2, -1).expand(len(turned), -1, -1) for part in space]
-            parts.append(torch.cat([turned.expand(-1, len(places) ** 2, -1), *space], -1).flatten(0, 1))
+        """Cosines and sines (L, 1, 1, d / 2) of all tokens' angles, from the frames' numbers and places in them."""
+        config, size = self.config, self.config["patch_size"]
+        tokens = config["side"] // size
+        parts = [token_rotations(config["rope_axes"], numbers[coarse:], tokens)]
+        if coarse:
+            step = config["context_patch_size"] // size
+            parts.insert(0, token_rotations(config["rope_axes"], numbers[:coarse], tokens, step))
         angles = torch.cat(parts)[:, None, None]
         return angles.real.to(self.head.weight.device, self.stream), angles.imag.to(
             self.head.weight.device, self.stream

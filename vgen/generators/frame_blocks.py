@@ -32,6 +32,22 @@ def rotations(axis: int, positions: Tensor) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
+def token_rotations(axes: Sequence[int], numbers: Sequence[int], side: int, step: int = 1) -> Tensor:
+    """Unit complex numbers (L, d / 2) that rotate all tokens' heads by time, row and column.
+
+    Tokens are those of frames `numbers`, in raster order, on a grid of `side` places of which each covers `step` in
+    either direction and stands at the first. Computed on the CPU: not every device has float64.
+    """
+    time_axis, row_axis, column_axis = axes
+    places = torch.arange(0, side, step)
+    square = (len(places), len(places), -1)
+    rows = rotations(row_axis, places)[:, None].expand(square).flatten(0, 1)
+    columns = rotations(column_axis, places)[None].expand(square).flatten(0, 1)
+    space = torch.cat([rows, columns], -1).expand(len(numbers), -1, -1)
+    time = rotations(time_axis, torch.tensor(numbers))[:, None].expand(-1, len(places) ** 2, -1)
+    return torch.cat([time, space], -1).flatten(0, 1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channels (2j, 2j + 1) of x (..., d) by angles (..., d / 2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)

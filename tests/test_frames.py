@@ -168,6 +168,8 @@ def test_a_cast_codec_still_gives_float32(codec: Any) -> None:
     assert (after - before).norm() / before.norm() < 0.1
     if isinstance(codec, PatchPCA | PixelPatches):
         assert torch.equal(after, before)
+    if isinstance(codec, VQLatents):
+        assert codec.normalizer.mean.dtype == codec.normalizer.std.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [8, 64, 300])

@@ -164,6 +164,24 @@ def test_somebody_elses_comment_is_no_request(tmp_path: Path) -> None:
         read_request(tmp_path / "x.mp4")
 
 
+def test_long_and_open_boxes_are_passed(tmp_path: Path) -> None:
+    """Films beyond 4 GB have boxes with sizes of 64 bits, and the last one may leave its size open."""
+
+    def box(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", len(content) + 8, name) + content
+
+    request = random_request(1)
+    tags = box(b"\xa9cmt", box(b"data", bytes(8) + request.to_json().encode()))
+    udta = box(b"udta", box(b"meta", bytes(4) + box(b"hdlr", bytes(25)) + box(b"ilst", box(b"\xa9too", b"x") + tags)))
+    long = struct.pack(">I4sQ", 1, b"mdat", 16 + 1000) + bytes(1000)
+    moov = struct.pack(">I4s", 0, b"moov") + box(b"mvhd", bytes(100)) + udta
+    (tmp_path / "x.mp4").write_bytes(box(b"ftyp", b"isom") + long + moov)
+    assert read_request(tmp_path / "x.mp4") == request
+    (tmp_path / "x.mp4").write_bytes(box(b"ftyp", b"isom") + long[:500])
+    with pytest.raises(SettingError, match="cut short"):
+        read_request(tmp_path / "x.mp4")
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".npz"])
 @pytest.mark.parametrize("content", [b"", b"not a video at all, but long enough", bytes(range(256)) * 8])
 def test_garbage_carries_no_request(tmp_path: Path, suffix: str, content: bytes) -> None:

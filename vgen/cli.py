@@ -161,13 +161,27 @@ def sample(
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
     ] = False,
-    source: Annotated[Path | None, typer.Option("--from", help="Repeat the request inside a PNG made by vgen.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Repeat the request inside a file made by vgen: PNG, MP4, GIF or npz.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Videos: frames in all; default: the model's own.")] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Videos: a clip to continue (mp4, gif, npz, ..., or a folder of frames).")
+    ] = None,
+    context_frames: Annotated[
+        int | None, typer.Option(help="Videos: how many frames of the clip; default: all, or the model's own.")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option("--format", help="Videos: which of mp4,gif,png,npz; png is a folder. Default: all.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Videos: frames per second of the files; default 10.")] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Sample images into files; each PNG carries the request that repeats it.
+    """Sample images or videos into files that carry the request which repeats them.
 
-    Example: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
+    Examples: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
+    vgen sample moving-far --frames 20 --context clip.mp4 --context-frames 10 --out clips/
     """
     settings = _given(
         other_settings,
@@ -178,17 +192,22 @@ def sample(
         temperature=temperature,
         steps=steps,
         more_smooth=more_smooth,
+        frames=frames,
+        context_frames=context_frames,
     )
+    videos = _video_files(formats, fps)
     if source is not None:
         if classes is not None or per_class != 1 or sheet:
             raise typer.BadParameter("--from repeats what is in its file: leave out --classes, --per-class and --sheet")
-        paths = _repeat(source, model, seed, sampler, settings, device, dtype, out, batch_size)
+        paths = _repeat(source, model, seed, sampler, settings, context, videos, device, dtype, out, batch_size)
     else:
         if model is None:
             raise typer.BadParameter("name a model ('vgen models' lists them), or repeat an image with --from FILE")
         from vgen import batch, hub
 
         pipeline = hub.load(model, device=device, dtype=dtype)
+        settings |= _context(context, context_frames, pipeline)
+        _check_video_flags(pipeline, videos)
         pipeline.resolve_settings(settings, sampler)
         labels = _parse_classes(classes, pipeline)
         paths = batch.sample_to_files(
@@ -199,9 +218,39 @@ def sample(
             sampler=sampler,
             batch_size=batch_size,
             sheet_columns=per_class if sheet and per_class > 1 else 10 if sheet else 0,
+            videos=videos,
         )
     for path in paths:
         print(path)
+
+
+def _video_files(formats: str | None, fps: float | None) -> Any:
+    """What --format and --fps ask for; None where neither was given."""
+    if formats is None and fps is None:
+        return None
+    from vgen.batch import VideoFiles
+
+    given: dict[str, Any] = {} if fps is None else {"fps": fps}
+    if formats is not None:
+        given["formats"] = tuple(filter(None, (name.strip().lower() for name in formats.split(","))))
+    return VideoFiles(**given)
+
+
+def _check_video_flags(pipeline: Any, videos: Any) -> None:
+    if videos is not None and not pipeline.makes_videos:
+        raise typer.BadParameter(f"{pipeline.source} makes images, which are PNG: leave out --format and --fps")
+
+
+def _context(path: Path | None, count: int | None, pipeline: Any) -> dict[str, Any]:
+    """The clip that videos go on from, as a setting of the pipeline."""
+    if path is None:
+        return {}
+    if not pipeline.makes_videos:
+        raise typer.BadParameter(f"{pipeline.source} makes images, which continue no clip: leave out --context")
+    from vgen.videos import read_video
+
+    pipeline.check_tokenizer()
+    return {"context": read_video(path, count, pipeline.tokenizer.image_size)[0]}
 
 
 def _repeat(
@@ -210,12 +259,14 @@ def _repeat(
     seed: int | None,
     sampler: str | None,
     settings: dict[str, Any],
+    context: Path | None,
+    videos: Any,
     device: str | None,
     dtype: str | None,
     out: Path,
     batch_size: int,
 ) -> list[Path]:
-    """Carry out the request inside a PNG; flags override it."""
+    """Carry out the request inside a file; flags override it."""
     from vgen import __version__, batch, hub
     from vgen.media import read_request
     from vgen.types import SettingError
@@ -230,13 +281,18 @@ def _repeat(
     ):
         if then != now:
             print(f"vgen: made with {what} {then[:12]}, now {now[:12]}: pixels may differ", file=sys.stderr)
+    _check_video_flags(pipeline, videos)
+    count = settings.get("context_frames", request.settings.get("context_frames"))
+    settings = request.settings | settings | _context(context, count, pipeline)
+    pipeline.resolve_settings(settings, sampler or request.sampler)
     return batch.sample_to_files(
         pipeline,
         batch.from_request(request, seed),
         out,
-        settings=pipeline.resolve_settings(request.settings | settings, sampler or request.sampler),
+        settings=settings,
         sampler=sampler or request.sampler,
         batch_size=batch_size,
+        videos=videos,
     )
 
 

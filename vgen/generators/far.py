@@ -134,6 +134,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         keep: int = 0,
         attend_last: int | None = None,
         slope: float | None = None,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """Velocities (B, F, C, H, W), float32 or wider, of latents (B, F, C, H, W) at timesteps (B, F) or (B,).
 
@@ -146,9 +147,13 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 computed, it is 0. FAR-Long keeps all but the last.
             attend_last: frames see so many before them, and no more; None: all.
             slope: FlexRoPE; None: the configuration's.
+            clean: in training, what frames see of those before them, in place of `latents`: see `two_copies`.
 
         Raises SettingError where shapes or counts do not fit.
         """
+        if clean is not None:
+            raw = self.two_copies(clean, latents, timesteps, class_labels, actions)
+            return self.velocity(raw, latents, per_frame(timesteps, latents))
         raw = self.predict(latents, timesteps, class_labels, actions, cache, start, keep, attend_last, slope)
         kept = keep if cache is not None else 0
         velocity = self.velocity(raw[:, kept:], latents[:, kept:], per_frame(timesteps, latents)[:, kept:])

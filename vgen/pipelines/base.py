@@ -37,6 +37,7 @@ class Pipeline(DiffusionPipeline):
 
     _optional_components = ["tokenizer"]  # noqa: RUF012
     samplers: tuple[str, ...]  # the default first
+    makes_videos: bool = False  # whether a call gives `frames` instead of `images`
     source: str = ""  # the name this pipeline was loaded by
     folder: Path | None = None  # where it was loaded from
     files: Sequence[Path] = ()  # its weights there

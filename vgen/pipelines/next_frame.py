@@ -55,6 +55,7 @@ class NextFramePipeline(Pipeline):
     """
 
     samplers = ("next-frame",)
+    makes_videos = True
 
     def __init__(
         self,
@@ -214,7 +215,7 @@ class NextFramePipeline(Pipeline):
         clips, each = None, False
         if isinstance(context, str) and context.startswith(FINGERPRINT):
             raise SettingError(
-                f"this request continues a clip that is not part of it ({context[:19]}...): give it again as context="
+                f"this request continues a clip that is not part of it ({context[:19]}...): give it again, as --context or context="
             )
         if context is not None:
             self.check_tokenizer()

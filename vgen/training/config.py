@@ -14,6 +14,7 @@ import yaml
 from vgen.types import SettingError
 
 PRESETS = Path(__file__).parent / "presets"
+WITH_PARTS = ("model", "video", "sample_settings")  # settings whose parts can be overridden one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,11 @@ class TrainingConfig:
 
     kind: str  # "tokenizer", "generator" or "classifier"
     name: str
-    data: str  # "fashion-mnist", "mnist" or a folder of class folders
+    data: str  # "fashion-mnist", "mnist" or a folder of class folders; videos: "moving-mnist" or a folder of them
     data_root: str | None = None
-    family: str  # "multiscale" or "vqgan" for tokenizers; "var" or "masked" for generators; "convnet" for classifiers
+    family: str  # "multiscale" or "vqgan" for tokenizers; "var", "far", ... for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
-    tokenizer: str | None = None  # folder of the trained tokenizer, for generators
+    tokenizer: str | None = None  # folder of the trained tokenizer, for generators; "far" may fit one
     image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on
     flip: bool = False  # horizontal flips: at random; for generators as a second copy of the tokens for generators
     crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
@@ -66,7 +67,8 @@ class TrainingConfig:
     save_every: int = 500
     keep: int = 2
     sample_guidance: float = 2.5
-    sample_settings: dict[str, Any] = field(default_factory=dict)  # masked generators: become the model's defaults
+    sample_settings: dict[str, Any] = field(default_factory=dict)  # "masked" and "far": become the model's defaults
+    video: dict[str, Any] = field(default_factory=dict)  # "far": see vgen.training.next_frame.VideoTraining
     license: str = "apache-2.0"
     notes: str = ""  # a paragraph for the model card
 
@@ -99,9 +101,13 @@ class TrainingConfig:
             raise SettingError(
                 f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
             )
-        if self.sample_settings and self.family != "masked":
-            raise SettingError(f"sample_settings serve the family 'masked', not {self.family!r}: leave them out")
-        if self.kind == "generator" and not self.tokenizer:
+        if self.sample_settings and self.family not in ("masked", "far"):
+            raise SettingError(
+                f"sample_settings serve the families 'masked' and 'far', not {self.family!r}: leave them out"
+            )
+        if self.video and self.family != "far":
+            raise SettingError(f"video settings serve the family 'far', not {self.family!r}: leave them out")
+        if self.kind == "generator" and not self.tokenizer and self.family != "far":
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 
     def _check_terms(self) -> None:
@@ -120,7 +126,7 @@ def list_presets() -> list[str]:
 
 
 def load_config(preset: str, overrides: Sequence[str] = (), kind: str | None = None) -> TrainingConfig:
-    """Read a preset by name or by path of a YAML file, and apply overrides: "key=value" or "model.key=value".
+    """Read a preset by name or by path of a YAML file, and apply overrides: "key=value", or "model.key=value".
 
     Raises SettingError for an unknown preset, key or value.
     """
@@ -156,9 +162,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise SettingError(f"--set {override!r}: the value is not YAML") from error
     if rest:
-        if name != "model":
-            raise SettingError(f"unknown setting {key!r}: only model.* has parts")
-        values.setdefault("model", {})[rest] = value
+        if name not in WITH_PARTS:
+            raise SettingError(
+                f"unknown setting {key!r}: only {', '.join(f'{part}.*' for part in WITH_PARTS)} have parts"
+            )
+        values.setdefault(name, {})[rest] = value
     else:
         values[name] = value
 

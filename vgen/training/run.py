@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import PartialState
@@ -42,9 +43,10 @@ def build_task(config: TrainingConfig) -> Task:
 
         return ClassifierTask(config)
     from vgen.training.masked import MaskedTask
+    from vgen.training.next_frame import NextFrameTask
     from vgen.training.next_scale import MVARTask, NextScaleTask
 
-    families = {"var": NextScaleTask, "mvar": MVARTask, "masked": MaskedTask}
+    families: dict[str, Any] = {"var": NextScaleTask, "mvar": MVARTask, "masked": MaskedTask, "far": NextFrameTask}
     if config.family not in families:
         raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(families)}")
     return families[config.family](config)

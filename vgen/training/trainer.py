@@ -60,7 +60,7 @@ class Task(Protocol):
     """What the trainer asks of the thing it trains. It may also have `companions`, a sequence of Companion."""
 
     model: ModelMixin
-    num_examples: int
+    num_examples: int  # 0: endless, numbered through the whole run
 
     def batch(self, indices: np.ndarray, seed: int) -> Any:
         """Examples by index, as a tuple of CPU tensors; `seed` is for augmentation."""
@@ -104,8 +104,9 @@ class StepBatches(Dataset):
 
     def __getitem__(self, item: int) -> Any:
         positions = item * self.size + np.arange(self.size)[self.rank :: self.world]
-        indices = [self._epoch(int(p) // self.task.num_examples)[int(p) % self.task.num_examples] for p in positions]
-        return self.task.batch(np.array(indices), seed=_mix(self.config.seed, item * self.world + self.rank))
+        number = self.task.num_examples
+        indices = np.array([self._epoch(int(p) // number)[int(p) % number] for p in positions]) if number else positions
+        return self.task.batch(indices, seed=_mix(self.config.seed, item * self.world + self.rank))
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self.permutations:

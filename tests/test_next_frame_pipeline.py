@@ -382,7 +382,7 @@ def test_a_request_says_which_clip_it_continues_but_does_not_hold_it(pipeline: N
     assert request.settings["context"].startswith("sha256:") and len(request.settings["context"]) == 71
     other = pipeline.request(None, [5], None, FAST | {"context": clips(1, 2, seed=1)})
     assert other.settings["context"] != request.settings["context"]
-    with pytest.raises(SettingError, match="give it again as context="):
+    with pytest.raises(SettingError, match="give it again, as --context or context="):
         pipeline.stream(seeds=[5], **request.settings)
     found = list(pipeline.stream(seeds=[5], **(request.settings | {"context": CLIP})))[-1].tokens
     assert torch.equal(found, latents_of(pipeline, seeds=(5,), context=CLIP))

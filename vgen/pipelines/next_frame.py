@@ -215,8 +215,8 @@ class NextFramePipeline(Pipeline):
         clips, each = None, False
         if isinstance(context, str) and context.startswith(FINGERPRINT):
             raise SettingError(
-                f"this request continues a clip that is not part of it ({context[:19]}...): give it again, as --context "
-                "or context="
+                f"this request continues a clip that is not part of it ({context[:19]}...): give it again, as "
+                "--context or context="
             )
         if context is not None:
             self.check_tokenizer()

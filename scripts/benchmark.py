@@ -1,5 +1,5 @@
-"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `nfig`, `masked` or
-`evaluate`.
+"""Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `nfig`, `zoo`, `far`,
+`masked` or `evaluate`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
 be trusted more than seconds across machines.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -229,6 +230,76 @@ def compare_nfig(
     _print_table(lines)
 
 
+# ---- bundled models of the next-scale families
+
+
+@app.command("zoo")
+def compare_zoo(
+    models: Annotated[
+        str, typer.Option(help="Bundled models, separated by commas.")
+    ] = "fashion-var,fashion-mvar,fashion-nfig",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 7,
+) -> None:
+    """Bundled models against one another, turn by turn: sampling with the default settings, and a training step."""
+    job: dict[str, Any] = {"models": models.split(","), "threads": threads, "repeats": repeats}
+    rows = _measure_apart("zoo", job)
+    lines = [["model", "ms/image, batch 1", "ms/image, batch 16", "training images/s", "sampling, training vs first"]]
+    first = rows[job["models"][0]]
+    for name, row in rows.items():
+        one, many, train = row["batch 1"], row["batch 16"], row["training"]
+        ratios = f"{one / first['batch 1']:.2f}, {first['training'] / train:.2f}"
+        lines.append([name, f"{one * 1e3:.1f}", f"{many * 1e3:.1f}", f"{1 / train:.0f}", ratios])
+    _print_table(lines)
+
+
+# ---- FAR-B with random weights
+
+
+@app.command("far")
+def compare_far(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 5,
+    context: Annotated[int, typer.Option(help="Frames of context.")] = 16,
+    frames: Annotated[int, typer.Option(help="Frames to make, end to end.")] = 3,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a frame.")] = 10,
+    dtypes: Annotated[str, typer.Option(help="Which of float32,bfloat16.")] = "float32,bfloat16",
+    lengths: Annotated[str, typer.Option(help="Frames of context for the plot.")] = "1,2,4,8,16,24,32,48,64",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The plot.")] = Path("docs/far-context.png"),
+) -> None:
+    """A denoising step of FAR-B and whole frames: our cache against the published loop and against none, turn by turn;
+    then what a frame costs after more and more context, FAR and FAR-Long.
+
+    "published" modulates token by token, builds rotations and a dense mask at every step, concatenates keys and values
+    and rotates all keys again; its linear layers are ours. It gives the same velocities ("error").
+    """
+    from benchmark_far import WAYS, plot
+
+    shared: dict[str, Any] = {"threads": threads, "device": device, "repeats": repeats}
+    lines = [["way", "dtype", "step, ms", "against cached", f"{frames} frames, s", "against cached", "error"]]
+    for dtype in dtypes.split(","):
+        row = _measure_apart("far", shared | {"dtype": dtype, "context": context, "frames": frames, "steps": steps})
+        for way in WAYS:
+            step, whole = row["step"][way], row["frames"][way]
+            lines.append([way, dtype, f"{step['seconds'] * 1e3:.0f}", f"{step['ratio']:.2f}"])
+            lines[-1] += [f"{whole['seconds']:.2f}", f"{whole['ratio']:.2f}", f"{row['error']:.0e}"]
+    _print_table(lines)
+    rows = []
+    lines = [["model", "dtype", "context", "opening step, ms", "later steps, ms", f"frame of {steps} steps, s"]]
+    dtype = dtypes.split(",")[-1]
+    for model in ("FAR", "FAR-Long"):
+        for count in [int(item) for item in lengths.split(",")]:
+            job = shared | {"model": model, "context": count, "dtype": dtype}
+            rows.append(row := job | _measure_apart("far-context", job))
+            print(f"measured {model} {count}", file=sys.stderr)
+            cost = row["first"] + (steps - 1) * row["later"]
+            lines.append([model, dtype, str(count), f"{row['first'] * 1e3:.0f}", f"{row['later'] * 1e3:.0f}"])
+            lines[-1].append(f"{cost:.2f}")
+    _print_table(lines)
+    plot(rows, steps, out)
+
+
 # ---- masked generation at 256 px with random weights, and sampling work
 
 
@@ -301,7 +372,6 @@ def compare_evaluate(
     batch of 64 and at 16, which suits a CPU better.
     """
     import tempfile
-    from pathlib import Path
 
     import numpy as np
     from PIL import Image
@@ -337,7 +407,6 @@ def compare_evaluate(
 def _run_evaluate(job: dict[str, Any]) -> dict[str, Any]:
     """Time one way to extract features of all images in a folder."""
     import tempfile
-    from pathlib import Path
 
     import torch
 
@@ -409,7 +478,7 @@ def random_model(build: Callable[[], Any], dtype: Any, device: str) -> Any:
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name and parameter.ndim == 1 and not name.endswith("bias"):
                 parameter.fill_(1)
             elif parameter.ndim < 2:
                 parameter.zero_()
@@ -471,12 +540,15 @@ def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:
 @app.command(hidden=True)
 def measure(name: str, job: str) -> None:
     """One configuration, in this process."""
+    from benchmark_far import run_context, run_steps
     from benchmark_masked import run_categorical, run_sampling
     from benchmark_mvar import run_pass, run_scan
     from benchmark_nfig import run_pairs
+    from benchmark_zoo import run_zoo
 
     runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
-    runs |= {"mvar": run_pass, "scan": run_scan, "nfig": run_pairs}
+    runs |= {"mvar": run_pass, "scan": run_scan, "nfig": run_pairs, "zoo": run_zoo}
+    runs |= {"far": run_steps, "far-context": run_context}
     print(json.dumps(runs[name](json.loads(job))))
 
 

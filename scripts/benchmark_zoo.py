@@ -1,0 +1,73 @@
+"""The part of `benchmark.py` on bundled models of one kind: sampling and training, turn by turn in one process.
+
+Imported by `benchmark.py`, whose `zoo` command prints the table.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+BATCHES = (1, 16)  # of sampling; training takes the preset's
+
+
+def run_zoo(job: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By model: seconds per image of each batch size, images per second of a training step, and parameters; medians
+    over turns. job: models, threads, repeats."""
+    import torch
+    from benchmark import seconds
+
+    torch.set_num_threads(job["threads"])
+    works = {name: _works(name) for name in job["models"]}
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in works[name]} for name in works}
+    for turn in range(1 + job["repeats"]):  # the first one warms up
+        for kind in next(iter(works.values())):
+            for name in sorted(works, reverse=bool(turn % 2)):
+                taken = seconds(works[name][kind][0], "cpu") / works[name][kind][1]
+                if turn:
+                    times[name][kind].append(taken)
+    return {name: {kind: median(found) for kind, found in rows.items()} for name, rows in times.items()}
+
+
+def _works(name: str) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What is timed, and how many images it is for."""
+    import vgen
+    from vgen.training.config import load_config
+
+    pipeline, config = vgen.load(name, device="cpu"), load_config(name)
+    found: dict[str, tuple[Callable[[], Any], int]] = {}
+    for batch in BATCHES:
+        labels = [i % 10 for i in range(batch)]
+        found[f"batch {batch}"] = (_sampling(pipeline, labels), batch)
+    found["training"] = (_training(vgen.load(name, device="cpu"), config), config.batch_size)
+    return found
+
+
+def _sampling(pipeline: Any, labels: list[int]) -> Callable[[], Any]:
+    return lambda: pipeline(class_labels=labels, seeds=list(range(len(labels))))
+
+
+def _training(pipeline: Any, config: Any) -> Callable[[], None]:
+    """A training step as the preset does it: bfloat16 autocast, its optimizers, tokens that are there already."""
+    import torch
+    import torch.nn.functional as F
+
+    from vgen.training.optimizers import build_optimizers
+
+    model = pipeline.generator.train()
+    optimizers = build_optimizers(model, config)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config["vocab_size"], (config.batch_size, model.num_tokens), generator=rng)
+    labels = torch.randint(10, (config.batch_size,), generator=rng)
+
+    def step() -> None:
+        context = pipeline.tokenizer.context(tokens.split(model.lengths, dim=1))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(context, labels)
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step

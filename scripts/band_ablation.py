@@ -1,8 +1,9 @@
 """Does frequency order help? Masks on and off at equal everything else: `python scripts/band_ablation.py`.
 
-For each band schedule ("none" is VAR's quantiser) and seed it trains a tokenizer and a VAR on its tokens, from the
-presets of fashion-nfig with shorter runs, judges both, and prints one table over all that has been measured. What the
-file of figures or the folder of runs holds already is not trained again; give each of several processes its own --only.
+For each variant, band schedules ("none" is VAR's quantiser) and losses, and each seed it trains a tokenizer and a VAR
+on its tokens, from the presets of fashion-nfig with shorter runs, judges both, and prints one table of all figures.
+What the file of figures or the folder of runs holds already is not trained again; give each of several processes its
+own --only.
 """
 
 import json
@@ -24,12 +25,14 @@ from vgen.spectrum import SCHEDULES, band_of_frequency, compare_spectra, keep_ba
 from vgen.training.config import load_config
 from vgen.training.run import build_task, start
 
+VARIANTS: dict[str, dict[str, str]] = {name: {"band_schedule": name} for name in SCHEDULES}
+VARIANTS["nyquist-full"] = {"band_schedule": "nyquist", "compare": "full"}  # losses against the whole latent, as VAR's
 TEST_IMAGES = 2000  # of which tokenizers are judged
 SAMPLES = 2000  # of generators
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Schedules, separated by commas.")] = ",".join(SCHEDULES),
+    only: Annotated[str, typer.Option(help="Variants, separated by commas.")] = ",".join(VARIANTS),
     seeds: Annotated[str, typer.Option(help="Seeds of training, separated by commas.")] = "0,1,2",
     tokenizer_steps: Annotated[int, typer.Option(help="Batches of 64 images.")] = 1500,
     generator_steps: Annotated[int, typer.Option(help="Batches of 32 images.")] = 2000,
@@ -44,15 +47,15 @@ def main(
     test = open_source("fashion-mnist", "test", 28, 1, data_root)
     steps = {"tokenizer_steps": tokenizer_steps, "generator_steps": generator_steps}
     for seed in [int(item) for item in seeds.split(",")]:
-        for schedule in only.split(","):
-            if (schedule, seed) in _measured(out, runs, steps):
+        for variant in only.split(","):
+            if (variant, seed) in _measured(out, runs, steps):
                 continue
-            folder = runs / f"{schedule}-{seed}"
+            folder = runs / f"{variant}-{seed}"
             shared = [f"seed={seed}"] + ([f"data_root={data_root}"] if data_root else [])
-            tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, schedule, shared)
+            tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, VARIANTS[variant], shared)
             chosen = [*shared, f"tokenizer={tokenizer}", "classifier=null"]
-            generator = _train(folder / "generator", "fashion-nfig", generator_steps, schedule, chosen)
-            figures = {"schedule": schedule, "seed": seed, **steps, **judge(generator, test, schedule, folder)}
+            generator = _train(folder / "generator", "fashion-nfig", generator_steps, {}, chosen)
+            figures = {"variant": variant, "seed": seed, **steps, **judge(generator, test, folder)}
             with atomic_file(folder / "figures.json") as partial:
                 partial.write_text(json.dumps(figures, indent=1) + "\n")
     rows = [row for _, row in sorted(_measured(out, runs, steps).items())]
@@ -64,35 +67,34 @@ def main(
 
 
 def _measured(out: Path, runs: Path, steps: dict[str, int]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Figures by schedule and seed, of the file `out` and of finished runs; all of them of equally long training."""
+    """Figures by variant and seed, of the file `out` and of finished runs; all of them of equally long training."""
     rows = json.loads(out.read_text()) if out.is_file() else []
     rows += [json.loads(path.read_text()) for path in sorted(runs.glob("*-*/figures.json"))]
     for row in rows:
         if any(row[name] != count for name, count in steps.items()):
             found = ", ".join(f"{name} {row[name]}" for name in steps)
             raise SystemExit(f"there are figures of {found}: train as long, or choose another --out and --runs")
-    return {(row["schedule"], row["seed"]): row for row in rows}
+    return {(row["variant"], row["seed"]): row for row in rows}
 
 
-def _train(folder: Path, preset: str, steps: int, schedule: str, settings: Sequence[str]) -> Path:
+def _train(folder: Path, preset: str, steps: int, model: dict[str, str], settings: Sequence[str]) -> Path:
     """The finished model of a run, trained or continued where it is not finished yet."""
     if (folder / "model").is_dir():
         return folder / "model"
     changes = [f"steps={steps}", f"eval_every={steps}", f"sample_every={steps}", "save_every=250", *settings]
-    if preset.endswith("-vq"):
-        changes.append(f"model.band_schedule={schedule}")
+    changes += [f"model.{name}={value}" for name, value in model.items()]
     return start(load_config(preset, changes), folder, resume=any((folder / "checkpoints").glob("step-*")))
 
 
 # ---- judging
 
 
-def judge(folder: Path, test: ImageSource, schedule: str, run: Path) -> dict[str, Any]:
+def judge(folder: Path, test: ImageSource, run: Path) -> dict[str, Any]:
     """All figures of a trained pipeline and its tokenizer."""
     pipeline = hub.load(folder, device="cpu")
     images = to_model_range(test.images(spread(len(test.labels), TEST_IMAGES)))
     with torch.no_grad():
-        figures = _judge_tokenizer(pipeline.tokenizer, images, schedule)
+        figures = _judge_tokenizer(pipeline.tokenizer, images)
     figures |= _likelihood(run / "generator", pipeline)
     began = time.process_time()
     figures |= QuickJudge("fashion-classifier", test)(pipeline, SAMPLES, guidance_scale=2.0)
@@ -103,12 +105,12 @@ def judge(folder: Path, test: ImageSource, schedule: str, run: Path) -> dict[str
     return figures
 
 
-def _judge_tokenizer(tokenizer: Any, images: Tensor, schedule: str) -> dict[str, Any]:
+def _judge_tokenizer(tokenizer: Any, images: Tensor) -> dict[str, Any]:
     """Per stage: PSNR of the decoded prefix, relative error against all of the latent, energy above the cut-off, energy
     kept by the bands; of the whole: codes in use and spectra."""
     source = tokenizer.encode_latent(images)
     tokens = tokenizer.encode(images)
-    side, stages = tokenizer.scales[-1], len(tokenizer.scales)
+    side, stages, schedule = tokenizer.scales[-1], len(tokenizer.scales), tokenizer.config["band_schedule"]
     band = band_of_frequency(side, side, tokenizer.scales, schedule)
     energy = source.square().sum()
     figures: dict[str, Any] = {"psnr": [], "residual": [], "leakage": [], "loss": []}
@@ -167,11 +169,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "ms/sample": lambda row: row["cpu_ms_per_sample"],
     }
     stages = len(rows[0]["psnr"]) if rows else 0
-    names = [schedule for schedule in SCHEDULES if any(row["schedule"] == schedule for row in rows)]
+    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     head = ["bands", "seeds", *columns]
     lines = [head, ["---"] * len(head)]
     for name in names:
-        chosen = [row for row in rows if row["schedule"] == name]
+        chosen = [row for row in rows if row["variant"] == name]
         cells = [_mean([value(row) for row in chosen]) for value in columns.values()]
         lines.append([name, str(len(chosen)), *cells])
     text = _markdown(lines)
@@ -185,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ):
         lines = [[title, *(str(k + 1) for k in range(stages))], ["---"] * (stages + 1)]
         for name in names:
-            chosen = [row for row in rows if row["schedule"] == name]
+            chosen = [row for row in rows if row["variant"] == name]
             lines.append([name, *(_mean([row[key][k] for row in chosen], digits) for k in range(stages))])
         text += "\n" + _markdown(lines)
     return text

@@ -116,6 +116,7 @@ class Camera:
     """A pipeline that is quick and counts."""
 
     config: dict = {}  # noqa: RUF012
+    makes_videos = False
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -52,7 +52,8 @@ class VideoFiles:
         limit = MAX_GIF_FPS if "gif" in self.formats else MAX_FPS
         if not 0 < self.fps <= limit:
             what = "a GIF shows" if "gif" in self.formats else "there are"
-            raise SettingError(f"fps is {self.fps:g}: it must be above 0, and {what} at most {limit:g}")
+            remedy = "; leave gif out of the formats for more" if limit < self.fps <= MAX_FPS else ""
+            raise SettingError(f"fps is {self.fps:g}: it must be above 0, and {what} at most {limit:g}{remedy}")
 
 
 def plan(class_labels: Sequence[int] | None, per_class: int, seed: int) -> list[Item]:

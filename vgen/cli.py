@@ -232,7 +232,7 @@ def _video_files(formats: str | None, fps: float | None) -> Any:
 
     given: dict[str, Any] = {} if fps is None else {"fps": fps}
     if formats is not None:
-        given["formats"] = tuple(filter(None, (name.strip().lower() for name in formats.split(","))))
+        given["formats"] = tuple(dict.fromkeys(filter(None, (name.strip().lower() for name in formats.split(",")))))
     return VideoFiles(**given)
 
 
@@ -241,8 +241,8 @@ def _check_video_flags(pipeline: Any, videos: Any) -> None:
         raise typer.BadParameter(f"{pipeline.source} makes images, which are PNG: leave out --format and --fps")
 
 
-def _context(path: Path | None, count: int | None, pipeline: Any) -> dict[str, Any]:
-    """The clip that videos go on from, as a setting of the pipeline."""
+def _context(path: Path | None, count: Any, pipeline: Any) -> dict[str, Any]:
+    """The clip that videos go on from, as a setting of the pipeline, which checks `count`; 0 frames need no clip."""
     if path is None:
         return {}
     if not pipeline.makes_videos:
@@ -250,7 +250,8 @@ def _context(path: Path | None, count: int | None, pipeline: Any) -> dict[str, A
     from vgen.videos import read_video
 
     pipeline.check_tokenizer()
-    return {"context": read_video(path, count, pipeline.tokenizer.image_size)[0]}
+    most = count if isinstance(count, int) and count > 0 else None
+    return {"context": None if count == 0 else read_video(path, most, pipeline.tokenizer.image_size)[0]}
 
 
 def _repeat(

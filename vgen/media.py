@@ -15,6 +15,7 @@ from vgen.files import atomic_file
 from vgen.types import MAX_REQUEST_CHARACTERS, Request, SettingError
 
 KEY = "vgen"  # keyword of the iTXt chunk that carries a Request
+FIRST_FRAME = "000000.png"  # of a video that is a folder of frames
 UNREADABLE = (  # what Pillow and NumPy raise for damaged files
     OSError,
     SyntaxError,
@@ -44,10 +45,13 @@ def save_png(image: Image.Image, path: Path, request: Request | None = None) -> 
 
 
 def read_request(path: Path) -> Request:
-    """The Request inside a PNG, GIF, MP4 or npz file, by its suffix (any other is taken for a PNG).
+    """The Request inside a PNG, GIF, MP4 or npz file, by its suffix (any other is taken for a PNG), or inside the first
+    frame of a video's folder.
 
     Raises FileNotFoundError, or SettingError where the file carries none.
     """
+    if (first := path / FIRST_FRAME).is_file():
+        path = first
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     readers = {".gif": _gif_text, ".npz": _npz_text, ".mp4": _mp4_text}

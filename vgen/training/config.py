@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -178,7 +179,7 @@ def _build(values: dict[str, Any], source: str) -> TrainingConfig:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
             raise SettingError(f"unknown setting {name!r} in {source}: {hint}")
-        values[name] = _coerce(name, value, known[name])
+        values[name] = coerce(name, value, known[name])
     required = [
         item.name
         for item in dataclasses.fields(TrainingConfig)
@@ -189,8 +190,8 @@ def _build(values: dict[str, Any], source: str) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
-def _coerce(name: str, value: Any, wanted: Any) -> Any:
-    """Check a YAML value against a field's type; YAML reads 1e-3 as text, and no as false."""
+def coerce(name: str, value: Any, wanted: Any) -> Any:
+    """Check a YAML value against a field's type; YAML reads 1e-3 as text, and no as false. Raises SettingError."""
     if wanted in (int, float) and not isinstance(value, bool):
         with suppress(TypeError, ValueError, OverflowError):
             number = float(value)
@@ -204,9 +205,13 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
         wanted is bool and isinstance(value, bool)
     ):
         return value
-    elif wanted == list[float] and isinstance(value, list):
-        return [_coerce(name, item, float) for item in value]
-    elif wanted == dict[str, Any] and isinstance(value, dict):
+    elif get_origin(wanted) is list and isinstance(value, list):
+        return [coerce(name, item, get_args(wanted)[0]) for item in value]
+    elif (wanted == dict[str, Any] and isinstance(value, dict)) or (wanted is NoneType and value is None):
         return value
+    elif isinstance(wanted, UnionType) and wanted != (str | None):
+        for option in get_args(wanted):
+            with suppress(SettingError):
+                return coerce(name, value, option)
     kind = getattr(wanted, "__name__", str(wanted))
     raise SettingError(f"{name} is {value!r}: expected a value of type {kind}")

@@ -4,9 +4,11 @@ Two schemes. "clean-context" is FAR's: all frames are noisy, a few left clean at
 frame clean copies of those before it, exactly what sampling shows it, at twice the tokens.
 """
 
+import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from vgen.moving import ClipSource, MovingDigits, VideoFolder
 from vgen.pipelines.clips import CONTEXT_FILE
 from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.tokenizers.frames import PatchPCA
-from vgen.training.config import TrainingConfig
+from vgen.training.config import TrainingConfig, coerce
 from vgen.training.families import build_model
 from vgen.types import SettingError
 
@@ -52,6 +54,10 @@ class Phase:
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
             raise SettingError(f"until is {self.until}: a phase ends at a share of the run above 0, at most 1")
+        if not math.isfinite(self.noise_mean):
+            raise SettingError(f"noise_mean is {self.noise_mean}: it must be finite")
+        if isinstance(self.speed, list) and len(self.speed) != 2:
+            raise SettingError(f"speed is {self.speed}: give pixels per frame, or two bounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +91,24 @@ class VideoTraining:
 
 
 def video_training(values: dict[str, Any]) -> VideoTraining:
-    """Settings from a preset. Raises SettingError for one that is unknown or out of bounds."""
-    try:
-        phases = [Phase(**phase) for phase in values.get("phases", [{}])]
-        return VideoTraining(**(values | {"phases": phases}))
-    except TypeError as error:
-        raise SettingError(f"video settings: {str(error).rpartition('() ')[2]}") from error
+    """Settings from a preset. Raises SettingError for one that is unknown, of another type or out of bounds."""
+    phases = values.get("phases", [{}])
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        raise SettingError(f"video.phases is {phases!r}: give a list with the settings of each phase")
+    built = [Phase(**_checked(phase, Phase, f"video.phases[{i}]")) for i, phase in enumerate(phases)]
+    others = {name: value for name, value in values.items() if name != "phases"}
+    return VideoTraining(**_checked(others, VideoTraining, "video"), phases=built)
+
+
+def _checked(values: dict[str, Any], kind: type, where: str) -> dict[str, Any]:
+    """Settings of a dataclass, each of its own type."""
+    known = get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+            raise SettingError(f"unknown setting '{where}.{name}': {hint}")
+    return {name: coerce(f"{where}.{name}", value, known[name]) for name, value in values.items()}
 
 
 class NextFrameTask:
@@ -116,7 +134,7 @@ class NextFrameTask:
         if self.model.is_long and self.video.scheme == "two-copies":
             raise SettingError("FAR-Long trains with --set video.scheme=clean-context")
         self.model.init_weights(gate=config.model.get("init_gate", 0.0))
-        self.pipeline()  # wrong `sample_settings` show before the first step, not after the last
+        self._check_sampling()
 
     def _source(self, split: str, phase: Phase) -> ClipSource:
         config, video = self.config, self.video
@@ -126,18 +144,37 @@ class NextFrameTask:
         law: dict[str, Any] = {"digits": phase.digits, "speed": speed, "directions": phase.directions}
         return MovingDigits(config.data_root, split, video.size, frames=video.frames, seed=config.seed, **law)
 
+    def _check_sampling(self) -> None:
+        """Wrong `sample_settings` show before the first step, not at the first evaluation or after the last step."""
+        pipeline, video = self.pipeline(), self.video
+        given = pipeline.chosen_settings({}).context_frames
+        if given > video.frames:
+            raise SettingError(
+                f"sample_settings.context_frames is {given}, but the clips that the model comes with have "
+                f"{video.frames} frames: lower it, or raise video.frames"
+            )
+        pipeline.chosen_settings({"frames": video.frames, "context_frames": video.context_frames})
+
     def _codec(self) -> Any:
         """The tokenizer that is named, or principal components of the last phase's clips."""
+        video, source = self.video, self.sources[-1]
         if self.config.tokenizer:
             codec = load_tokenizer(self.config.tokenizer, device="cpu", dtype=torch.float32)[0]
             if not hasattr(codec, "latent_shape"):
                 raise SettingError(f"{self.config.tokenizer} is a {type(codec).__name__}, no codec of frames")
+            if codec.image_size != video.size:
+                raise SettingError(
+                    f"video.size is {video.size}, but {self.config.tokenizer} takes frames of {codec.image_size} "
+                    f"pixels: --set video.size={codec.image_size}"
+                )
             return codec.requires_grad_(False)
+        made = isinstance(source, MovingDigits)
         try:
-            codec = PatchPCA(image_size=self.video.size, **self.video.codec)
+            codec = PatchPCA(image_size=video.size, **{"image_channels": 1 if made else 3, **video.codec})
         except TypeError as error:
             raise SettingError(f"video.codec: {str(error).rpartition('() ')[2]}") from error
-        clips, _ = self.sources[-1].clips(range(min(FITTED_ON, len(self.sources[-1]))))
+        number = min(FITTED_ON, len(source))
+        clips, _ = source.clips(range(number) if made else spread(len(source), number))  # folders are sorted by class
         return codec.fit(to_model_range(clips.flatten(0, 1).expand(-1, 3, -1, -1)))
 
     # ---- what the trainer asks for

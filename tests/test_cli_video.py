@@ -99,6 +99,7 @@ def test_flags_override_the_request_of_a_video(run: Run, model: str) -> None:
 
 
 def test_formats_are_chosen_and_written_once(run: Run, model: str) -> None:
+    assert frames(made(run(model, "--format", "gif", "--fps", 0.01, "--out", "slow"))[0]).shape[0] == 4
     paths = made(run(model, "--format", "NPZ, png,npz", "--fps", 1000))  # a GIF could not be as fast
     assert [str(path) for path in paths] == ["samples/000000_cnone_s0.npz", "samples/000000_cnone_s0"]
     assert sorted(path.name for path in Path("samples").iterdir()) == ["000000_cnone_s0", "000000_cnone_s0.npz"]
@@ -108,7 +109,8 @@ def test_files_say_what_they_cannot_be() -> None:
     assert (VideoFiles().formats, VideoFiles().fps) == (("mp4", "gif", "png", "npz"), 10)
     assert VideoFiles(fps=50).fps == 50 and VideoFiles(formats=["mp4"], fps=1000).fps == 1000
     for given, says in (
-        ({"fps": float("inf")}, "fps is inf: it must be above 0, and a GIF shows at most 50$"),
+        ({"fps": 0.001}, "fps is 0.001: it must be at least 0.01"),
+        ({"fps": float("inf")}, "fps is inf: it must be at least 0.01, and a GIF shows at most 50$"),
         ({"fps": 51}, "a GIF shows at most 50; leave gif out of the formats"),
         ({"fps": 1001, "formats": ["png", "npz"]}, "there are at most 1000$"),
         ({"formats": []}, "no format was named"),
@@ -189,10 +191,10 @@ def test_mistakes_are_one_line_that_names_them(run: Run, model: str, saved: Path
     before = sorted(Path().iterdir())
     image = str(saved)
     for arguments, code, says in (
-        ([model, "--fps", 0], 2, "fps is 0: it must be above 0"),
+        ([model, "--fps", 0], 2, "fps is 0: it must be at least 0.01"),
         ([model, "--fps", "nan"], 2, "fps is nan"),
-        ([model, "--fps", 60], 2, "fps is 60: it must be above 0, and a GIF shows at most 50; leave gif out"),
-        ([model, "--format", "mp4", "--fps", 2000], 2, "fps is 2000: it must be above 0, and there are at most 1000"),
+        ([model, "--fps", 60], 2, "fps is 60: it must be at least 0.01, and a GIF shows at most 50; leave gif out"),
+        ([model, "--format", "mp4", "--fps", 2000], 2, "0.01, and there are at most 1000"),
         ([model, "--format", "npz,webm"], 2, "unknown format 'webm': use one or more of mp4, gif, png, npz"),
         ([model, "--format", ","], 2, "no format was named"),
         ([model, "--frames", 0], 2, "frames is 0: it must lie in 1.."),

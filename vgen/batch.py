@@ -12,7 +12,7 @@ from PIL import Image
 from vgen.media import contact_sheet, save_png, sheet_zoom
 from vgen.progress import progress
 from vgen.types import Request, SettingError
-from vgen.videos import MAX_FPS, MAX_GIF_FPS, save_video, video_sheet
+from vgen.videos import MAX_FPS, MAX_GIF_FPS, MIN_FPS, save_video, video_sheet
 
 VIDEO_FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # and their suffixes; "png" is a folder
 
@@ -50,10 +50,11 @@ class VideoFiles:
         if not self.formats:
             raise SettingError(f"no format was named: use one or more of {', '.join(VIDEO_FORMATS)}")
         limit = MAX_GIF_FPS if "gif" in self.formats else MAX_FPS
-        if not 0 < self.fps <= limit:
+        if not MIN_FPS <= self.fps <= limit:
             what = "a GIF shows" if "gif" in self.formats else "there are"
             remedy = "; leave gif out of the formats for more" if limit < self.fps <= MAX_FPS else ""
-            raise SettingError(f"fps is {self.fps:g}: it must be above 0, and {what} at most {limit:g}{remedy}")
+            bounds = f"it must be at least {MIN_FPS:g}, and {what} at most {limit:g}"
+            raise SettingError(f"fps is {self.fps:g}: {bounds}{remedy}")
 
 
 def plan(class_labels: Sequence[int] | None, per_class: int, seed: int) -> list[Item]:

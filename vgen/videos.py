@@ -24,7 +24,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 MAX_FRAMES = 10_000
 MAX_FRAME_PIXELS = 1 << 25  # 8K is just below
 MAX_PIXELS = 1 << 28  # of all frames that are returned: 805 MB
-MAX_FPS = 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0  # a GIF shows a frame for 655 seconds at most
 MAX_GIF_FPS = 50.0  # a GIF counts in hundredths of a second, and browsers slow down what lasts only one
 MIN_MP4_SIDE = 16  # of a macroblock; players show smaller films badly or not at all
 Crop = tuple[float, float]
@@ -61,8 +61,8 @@ def save_video(frames: np.ndarray | Tensor, path: Path, fps: float, request: Req
     frames = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise SettingError(f"frames are {frames.dtype} {frames.shape}: expected uint8 (F, H, W, 3)")
-    if not 0 < fps <= MAX_FPS:
-        raise SettingError(f"fps is {fps}: it must be above 0 and at most {MAX_FPS:g}")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise SettingError(f"fps is {fps}: it must lie in {MIN_FPS:g}..{MAX_FPS:g}")
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".npz": _write_npz, "": _write_folder}
     writer = writers.get(path.suffix.lower())
     if writer is None:

@@ -180,8 +180,9 @@ def sample(
 ) -> None:
     """Sample images or videos into files that carry the request which repeats them.
 
-    Examples: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
-    vgen sample moving-far --frames 20 --context clip.mp4 --context-frames 10 --out clips/
+    Example: vgen sample fashion-var --classes sneaker,bag --per-class 8 --seed 0 --out samples/
+
+    Example: vgen sample models/far-b --frames 16 --context clip.mp4 --context-frames 4 --out clips/
     """
     settings = _given(
         other_settings,

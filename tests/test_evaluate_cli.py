@@ -759,7 +759,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: 
     flags += " --skip-broken --cache --batch-size --classes --per-class --sampler --guidance-scale --data-root --device"
     assert [flag for flag in flags.split() if not re.search(rf"{flag}\b", done.out)] == []
     unwrapped = "".join(done.out.split())
-    for metrics in ("fid,sfid,kid,is,prc,frechet,mmd,accuracy,memorization", "rfid,psnr,ssim,mse", "fvd"):
+    for metrics in ("fid,sfid,kid,is,prc,frechet,mmd,accuracy,spectrum,memorization", "rfid,psnr,ssim,mse", "fvd"):
         assert metrics in unwrapped
     assert "exitcode3" in unwrapped and "default50" in unwrapped
 

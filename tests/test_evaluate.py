@@ -148,7 +148,11 @@ def test_a_tokenizers_fid_is_its_rfid() -> None:
         ("sfid@pixels", False, ["sfid means the features of inception", "frechet@pixels"]),
         ("kid@pixels", False, ["kid means the features of inception", "mmd@pixels"]),
         ("rfid@pixels", True, ["rfid means the features of inception", "frechet@pixels"]),
-        ("fidd", False, ["unknown metric 'fidd'", "fid, sfid, kid, is, prc, frechet, mmd, accuracy, spectrum, memorization"]),
+        (
+            "fidd",
+            False,
+            ["unknown metric 'fidd'", "fid, sfid, kid, is, prc, frechet, mmd, accuracy, spectrum, memorization"],
+        ),
         ("fid,@pixels", False, ["unknown metric ''"]),
         ("psnr", False, ["psnr compares reconstructions", "--tokenizer"]),
         ("rfid", False, ["rfid compares reconstructions", "--tokenizer"]),

@@ -521,6 +521,18 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def by_turns(works: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each work in `repeats` turns, after one to warm up. Every turn does each once, neither always first:
+    what slows the machine for a while slows all of a turn."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(1 + repeats):
+        for name in sorted(works, reverse=bool(turn % 2)):
+            taken = seconds(works[name], device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
 def _print_table(lines: list[list[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:

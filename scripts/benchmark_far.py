@@ -126,14 +126,9 @@ def _frames(loop: Any, context: Any, job: dict[str, Any], cached: bool) -> Calla
 
 def _turns(works: dict[str, Callable[[], Any]], job: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Median seconds of each way, and the median over turns of its ratio to "cached"."""
-    from benchmark import seconds
+    from benchmark import by_turns
 
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(1 + job["repeats"]):  # the first one warms up
-        for name in sorted(works, reverse=bool(turn % 2)):
-            taken = seconds(works[name], job["device"])
-            if turn:
-                times[name].append(taken)
+    times = by_turns(works, job["repeats"], job["device"])
     return {
         name: {
             "seconds": median(found),

@@ -11,11 +11,10 @@ from typing import Any
 def run_pairs(job: dict[str, Any]) -> dict[str, Any]:
     """Time NFIG and VAR turn by turn in one process; job: depth, batch, dtype, threads, device, repeats.
 
-    Gives seconds of each kind of work by model, medians over the turns, and the median of each turn's ratio: what
-    slows the machine for a while slows both of a turn.
+    Gives seconds of each kind of work by model, medians over the turns, and the median of each turn's ratio.
     """
     import torch
-    from benchmark import GUIDANCE, TOKENIZER, random_model, seconds
+    from benchmark import GUIDANCE, TOKENIZER, by_turns, random_model
 
     from vgen.generators.var import VAR
     from vgen.pipelines.next_scale import NextScalePipeline
@@ -43,19 +42,15 @@ def run_pairs(job: dict[str, Any]) -> dict[str, Any]:
         }
 
     works = {name: work_of(pipeline) for name, pipeline in pipelines.items()}
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in works[name]} for name in works}
     with torch.no_grad():
-        for turn in range(1 + job["repeats"]):  # the first one warms up
-            for kind in works["VAR"]:
-                for name in sorted(works, reverse=bool(turn % 2)):  # neither always comes first
-                    taken = seconds(works[name][kind], device)
-                    if turn:
-                        times[name][kind].append(taken)
+        times = {
+            kind: by_turns({name: works[name][kind] for name in works}, job["repeats"], device) for kind in works["VAR"]
+        }
     ratios = {
-        kind: median(ours / theirs for ours, theirs in zip(times["NFIG"][kind], times["VAR"][kind], strict=True))
-        for kind in works["VAR"]
+        kind: median(ours / theirs for ours, theirs in zip(found["NFIG"], found["VAR"], strict=True))
+        for kind, found in times.items()
     }
-    return {"seconds": {name: {kind: median(t) for kind, t in found.items()} for name, found in times.items()}} | {
+    return {"seconds": {name: {kind: median(found[name]) for kind, found in times.items()} for name in works}} | {
         "ratios": ratios,
         "parameters": sum(parameter.numel() for parameter in generator.parameters()),
     }

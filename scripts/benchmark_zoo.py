@@ -14,18 +14,16 @@ def run_zoo(job: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By model: seconds per image of each batch size, images per second of a training step, and parameters; medians
     over turns. job: models, threads, repeats."""
     import torch
-    from benchmark import seconds
+    from benchmark import by_turns
 
     torch.set_num_threads(job["threads"])
     works = {name: _works(name) for name in job["models"]}
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in works[name]} for name in works}
-    for turn in range(1 + job["repeats"]):  # the first one warms up
-        for kind in next(iter(works.values())):
-            for name in sorted(works, reverse=bool(turn % 2)):
-                taken = seconds(works[name][kind][0], "cpu") / works[name][kind][1]
-                if turn:
-                    times[name][kind].append(taken)
-    return {name: {kind: median(found) for kind, found in rows.items()} for name, rows in times.items()}
+    rows: dict[str, dict[str, float]] = {name: {} for name in works}
+    for kind in next(iter(works.values())):
+        found = by_turns({name: works[name][kind][0] for name in works}, job["repeats"], "cpu")
+        for name, taken in found.items():
+            rows[name][kind] = median(taken) / works[name][kind][1]
+    return rows
 
 
 def _works(name: str) -> dict[str, tuple[Callable[[], Any], int]]:

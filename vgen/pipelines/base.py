@@ -73,14 +73,15 @@ class Pipeline(DiffusionPipeline):
         """A Step, or tokens -> images (B, 3, H, W) uint8: what previews show and files hold."""
         return to_uint8(self.decode_floats(step))
 
-    def run(self, steps: Iterator[Step], rng: Rng, output_type: str) -> Output:
-        """Drain `steps` and render the last one."""
+    def run(self, steps: Iterator[Step], rng: Rng, output_type: str, began: float | None = None) -> Output:
+        """Drain `steps` and render the last one. `began` is when the call began, where it did work before these."""
         check_output_type(output_type)
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         for step in steps:
             last = step
+        made = self.latent(last) if output_type == "latent" else self.render(self.decode_floats(last), output_type)
         return Output(
-            images=self.latent(last) if output_type == "latent" else self.render(self.decode_floats(last), output_type),
+            **{"frames" if self.makes_videos else "images": made},
             tokens=last.tokens,
             evaluations=last.evaluations,
             seconds=time.monotonic() - began,

@@ -120,15 +120,7 @@ class NextFramePipeline(Pipeline):
             self.check_tokenizer()
         began = time.monotonic()
         steps, rng = self.begin(class_labels, **settings)
-        for step in steps:
-            last = step
-        return Output(
-            frames=last.tokens if output_type == "latent" else self.render(self.decode_floats(last), output_type),
-            tokens=last.tokens,
-            evaluations=last.evaluations,
-            seconds=time.monotonic() - began,
-            seeds=getattr(rng, "seeds", None),
-        )
+        return self.run(steps, rng, output_type, began)  # encoding a clip counts
 
     def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
         """Sample, yielding a Step after every evaluation. Takes the arguments of the call, less `output_type`; they

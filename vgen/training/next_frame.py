@@ -26,6 +26,7 @@ from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.tokenizers.frames import PatchPCA
 from vgen.training.config import TrainingConfig, coerce
 from vgen.training.families import build_model
+from vgen.training.trainer import epoch_order
 from vgen.types import SettingError
 
 MOVING_DIGITS = "moving-mnist"
@@ -205,8 +206,8 @@ class NextFrameTask:
             clips, labels = source.clips([index])
         else:
             epoch, place = divmod(index, len(source))
-            rng = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch]))
-            clips, labels = source.clips([int(rng.permutation(len(source))[place])], seed=self.config.seed + epoch)
+            number = int(epoch_order(len(source), self.config.seed, epoch)[place])
+            clips, labels = source.clips([number], seed=self.config.seed + epoch)
         return clips, labels[:, 0]
 
     def loss(

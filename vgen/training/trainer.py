@@ -110,9 +110,13 @@ class StepBatches(Dataset):
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self.permutations:
-            rng = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch]))
-            self.permutations = {epoch: rng.permutation(self.task.num_examples)}
+            self.permutations = {epoch: epoch_order(self.task.num_examples, self.config.seed, epoch)}
         return self.permutations[epoch]
+
+
+def epoch_order(number: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch takes `number` examples, (N,)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(number)
 
 
 def _mix(*numbers: int) -> int:

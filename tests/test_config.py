@@ -135,7 +135,7 @@ def test_the_last_override_wins(preset: str) -> None:
         ("accumulation=3", "batch_size 4 is not a multiple of accumulation 3"),
         ("schedule=step", "schedule is 'step': use one of cosine, linear"),
         ("optimizer=sgd", "optimizer is 'sgd': use one of adamw, muon"),
-        ("precision=fp8", "precision is 'fp8': use one of no, fp16, bf16"),
+        ("precision=fp8", "precision is 'fp8': use one of auto, no, fp16, bf16"),
         ("kind=generator", "a generator needs a tokenizer: --set tokenizer=FOLDER"),
     ],
 )

@@ -207,6 +207,8 @@ ROLLS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "long, actions": (LONG | {"num_actions": 3, "spatial_embedding": True}, 2, {"actions": ACTIONS}),
     "long, classes": (LONG | {"num_classes": 3}, 0, {"class_labels": CLASSES}),
     "long, samples": (LONG | {"prediction": "sample"}, 1, {}),
+    "shared modulation": ({"shared_adaln": True}, 2, {}),
+    "long, shared modulation": (LONG | {"shared_adaln": True, "num_classes": 3}, 2, {"class_labels": CLASSES}),
 }
 
 
@@ -478,6 +480,20 @@ def test_published_loss_leaves_far_longs_coarse_outputs_untrained() -> None:
     assert not query.any() and model.blocks[0].context_attn.qkv.weight.grad[:32].any()
 
 
+@pytest.mark.parametrize("changes", [{}, LONG, {"num_actions": 3}])
+def test_shared_modulation_is_one_layer_in_all_blocks_and_a_table_in_each(changes: dict[str, Any]) -> None:
+    """Equal to blocks that each hold the shared layer, their own table added to its bias."""
+    shared, plain = tiny_far(**changes, shared_adaln=True).double(), tiny_far(**changes).double()
+    state = shared.state_dict()
+    weight, bias = state.pop("adaln.weight"), state.pop("adaln.bias")
+    for i in range(len(shared.blocks)):
+        state[f"blocks.{i}.adaln.weight"] = weight
+        state[f"blocks.{i}.adaln.bias"] = bias + state.pop(f"blocks.{i}.adaln_table").flatten()
+    plain.load_state_dict(state)
+    latents, timesteps = video(4), times(4)
+    assert near(shared(latents, timesteps), plain(latents, timesteps))
+
+
 # ---- two copies
 
 
@@ -540,8 +556,9 @@ def test_what_copies_see_is_written_out() -> None:
     assert ["".join(str(int(x)) for x in row) for row in mask.tolist()] == wanted
 
 
-def test_gradients_of_two_copies_reach_every_parameter() -> None:
-    model = tiny_far(num_classes=3, spatial_embedding=True).requires_grad_(True).train()
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_two_copies_reach_every_parameter(shared: bool) -> None:
+    model = tiny_far(num_classes=3, spatial_embedding=True, shared_adaln=shared).requires_grad_(True).train()
     clean, noisy = video(3, dtype=torch.float32), video(3, 1, dtype=torch.float32)
     model.two_copies(clean, noisy, times(3).float(), CLASSES).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

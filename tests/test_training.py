@@ -29,6 +29,7 @@ from vgen.evaluation.extractors import ExtractorOptions, build_extractor
 from vgen.evaluation.metrics import frechet_distance
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig, load_config
+from vgen.training.muon import Muon
 from vgen.training.optimizers import build_optimizers
 from vgen.training.run import build_task, start
 from vgen.training.trainer import Diverged, Interrupted, StepBatches, Trainer
@@ -589,7 +590,7 @@ def test_muon_serves_the_matrices_of_the_blocks_only(data: Path, tokenizer: Path
     config = generator_config(data, tokenizer, model=GENERATOR | {"shared_adaln": shared}, lr=1e-3)
     model = build_task(config).model
     adamw, muon = build_optimizers(model, config)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     chosen = parameter_names(model, muon)
     layers = {"attn.qkv", "attn.proj", "ffn.fc1", "ffn.fc2"} | (set() if shared else {"adaln"})
     assert {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers} == {

@@ -56,6 +56,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         slope: FlexRoPE: how much attention scores fall per frame of distance.
         prediction: what the network gives: "velocity", or "sample", the clean latent.
         spatial_embedding: a learned embedding of each place is added to tokens.
+        shared_adaln: one modulation layer for all blocks and a table per block; ours, for small models.
 
     Raises SettingError for sizes that do not fit one another.
     """
@@ -78,6 +79,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         slope: float = 0.0,
         prediction: str = "velocity",
         spatial_embedding: bool = False,
+        shared_adaln: bool = False,
     ) -> None:
         super().__init__()
         check_positive(in_channels=in_channels, side=side, patch_size=patch_size, width=width, depth=depth, heads=heads)
@@ -93,7 +95,8 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.class_embed = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.action_embed = nn.Embedding(num_actions + 1, width) if num_actions else None
         self.position = nn.Parameter(torch.zeros(self.frame_tokens, width)) if spatial_embedding else None
-        blocks = [Block(width, heads, self.is_long, i == depth - 1) for i in range(depth)]
+        self.adaln = Linear(width, 6 * width) if shared_adaln else None
+        blocks = [Block(width, heads, self.is_long, i == depth - 1, shared_adaln) for i in range(depth)]
         self.blocks: Sequence[Any] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.head_adaln = Linear(width, 2 * width)  # scale first, then shift
         self.head = Linear(width, features)
@@ -251,6 +254,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         activated = F.silu(condition)
         conditions = [activated[:, :coarse], activated[:, coarse:]] if coarse else [activated]
+        modulating = conditions if self.adaln is None else [self.adaln(part) for part in conditions]
         streams = self._embed(latents.to(self.head.weight.dtype), coarse)
         rotation = self._rotation(numbers, coarse)
         for layer, block in enumerate(self.blocks):
@@ -261,7 +265,7 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     k, v = cache.extend(layer, stored, k, v)
                 return spanned_attention(q, k, v, spans[int(last)])
 
-            streams = block(streams, conditions, rotation, attend, silent if last else 0)
+            streams = block(streams, modulating, rotation, attend, silent if last else 0)
         return (
             self._predictions(streams, drop_frames(conditions, silent)) if streams else latents[:, :0].to(self.stream)
         )
@@ -334,10 +338,12 @@ class FAR(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for layer in (self.time_fc1, self.time_fc2):
             nn.init.normal_(layer.weight, std=0.02)
         heads = [self.head_adaln, self.head, *([self.context_head] if self.is_long else [])]
-        for layer in [*heads, *(block.adaln for block in self.blocks)]:
+        modulations = [self.adaln] if self.adaln is not None else [block.adaln for block in self.blocks]
+        for layer in [*heads, *modulations]:
             nn.init.zeros_(layer.weight)
         for block in self.blocks:
-            block.adaln.bias.view(6, -1)[[2, 5]] = gate
+            rows = block.adaln.bias.view(6, -1) if self.adaln is None else block.adaln_table
+            rows.zero_()[[2, 5]] = gate
         for name, parameter in self.named_parameters():
             if name.endswith("position"):
                 nn.init.zeros_(parameter)

@@ -113,9 +113,14 @@ class Block(nn.Module):
     The stream comes in parts (B, F_i, N_i, D), coarse frames (FAR-Long) first, which differ in their projections alone.
     """
 
-    def __init__(self, width: int, heads: int, coarse: bool, last: bool) -> None:
+    def __init__(self, width: int, heads: int, coarse: bool, last: bool, shared_adaln: bool = False) -> None:
         super().__init__()
-        self.adaln = Linear(width, 6 * width)  # shift, scale, gate of attention, then of the feed-forward
+        # Shift, scale and gate of attention, then of the feed-forward.
+        if shared_adaln:
+            self.adaln_table = nn.Parameter(torch.zeros(6, width))
+        else:
+            self.adaln = Linear(width, 6 * width)
+        self.shared_adaln = shared_adaln
         self.attn = Projections(width, heads)
         # Nothing reads what the last block's coarse tokens would add to the stream, so it has no such projection.
         self.context_attn = Projections(width, heads, out=not last) if coarse else None
@@ -130,14 +135,13 @@ class Block(nn.Module):
         attend: Attend,
         silent: int = 0,
     ) -> list[Tensor]:
-        """One part after the other: streams (B, F_i, N_i, D), activated conditions (B, F_i, D).
+        """One part after the other: streams (B, F_i, N_i, D), activated conditions (B, F_i, D), or, where the
+        modulation is shared, what its layer made of them (B, F_i, 6 D).
 
         Of the first `silent` frames nothing but keys and values is wanted: they are absent from what is returned.
         """
         stream, kind = streams[0].dtype, self.fc1.weight.dtype
-        modulations = [
-            self.adaln(part).to(stream).unflatten(-1, (6, 1, -1)) for part in conditions
-        ]  # (B, F_i, 6, 1, D)
+        modulations = [self._modulation(part, stream) for part in conditions]
         layers = [self.attn] if self.context_attn is None or len(streams) == 1 else [self.context_attn, self.attn]
         projected = [
             layer(modulate(x, m[:, :, 0], m[:, :, 1]).to(kind), stream)
@@ -151,6 +155,11 @@ class Block(nn.Module):
         layers = layers[len(layers) - len(streams) :]
         results = zip(layers, streams, modulations, attended.split(wanted, 1), strict=True)
         return [self._finish(layer, x, m, y.view(x.shape)) for layer, x, m, y in results]
+
+    def _modulation(self, condition: Tensor, stream: torch.dtype) -> Tensor:
+        """(B, F_i, 6, 1, D) of one part's condition."""
+        rows = condition + self.adaln_table.flatten() if self.shared_adaln else self.adaln(condition)
+        return rows.to(stream).unflatten(-1, (6, 1, -1))
 
     def _finish(self, layer: Projections, x: Tensor, modulation: Tensor, attended: Tensor) -> Tensor:
         """One part's stream after its attention and feed-forward."""

@@ -45,7 +45,7 @@ class TrainingConfig:
     warmup: int = 100
     clip: float = 1.0
     ema: float = 0.999
-    precision: str = "bf16"  # "no", "fp16" or "bf16" autocast
+    precision: str = "auto"  # "no", "fp16" or "bf16" autocast; "auto": bf16 where the device computes in it, else no
     seed: int = 0
     workers: int = 0
 
@@ -78,7 +78,7 @@ class TrainingConfig:
             "kind": ("tokenizer", "generator", "classifier"),
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear"),
-            "precision": ("no", "fp16", "bf16"),
+            "precision": ("auto", "no", "fp16", "bf16"),
             "mask_law": ("uniform", "cosine", "beta"),
             "mask_weight": ("1/t", "uniform"),
         }

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vgen.training.config import TrainingConfig
+from vgen.training.muon import Muon
 
 
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -28,5 +29,5 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     if matrices:
         lr = config.muon_lr or 1.5 * config.lr
         decay = config.weight_decay
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr, decay))
     return optimizers

@@ -1,9 +1,9 @@
 """Does frequency order help? Masks on and off at equal everything else: `python scripts/band_ablation.py`.
 
 For each variant, band schedules ("none" is VAR's quantiser) and losses, and each seed it trains a tokenizer and a VAR
-on its tokens, from the presets of fashion-nfig with shorter runs, judges both, and prints one table of all figures.
-What the file of figures or the folder of runs holds already is not trained again; give each of several processes its
-own --only.
+on its tokens, from the presets of fashion-nfig with far shorter runs, all in float32, judges both, and prints one table
+of all figures. What the file of figures or the folder of runs holds already is not trained again; give each of several
+processes its own --only.
 """
 
 import json
@@ -34,8 +34,8 @@ SAMPLES = 2000  # of generators
 def main(
     only: Annotated[str, typer.Option(help="Variants, separated by commas.")] = ",".join(VARIANTS),
     seeds: Annotated[str, typer.Option(help="Seeds of training, separated by commas.")] = "0,1,2",
-    tokenizer_steps: Annotated[int, typer.Option(help="Batches of 64 images.")] = 1500,
-    generator_steps: Annotated[int, typer.Option(help="Batches of 32 images.")] = 2000,
+    tokenizer_steps: Annotated[int, typer.Option(help="Batches of 32 images.")] = 600,
+    generator_steps: Annotated[int, typer.Option(help="Batches of 16 images.")] = 600,
     data_root: Annotated[str | None, typer.Option(help="Where Fashion-MNIST lies.")] = None,
     runs: Annotated[Path, typer.Option(help="Where models are trained.")] = Path("runs/bands"),
     out: Annotated[Path, typer.Option(help="All figures; the table is written beside them.")] = Path(
@@ -51,9 +51,10 @@ def main(
             if (variant, seed) in _measured(out, runs, steps):
                 continue
             folder = runs / f"{variant}-{seed}"
-            shared = [f"seed={seed}"] + ([f"data_root={data_root}"] if data_root else [])
-            tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, VARIANTS[variant], shared)
-            chosen = [*shared, f"tokenizer={tokenizer}", "classifier=null"]
+            shared = [f"seed={seed}", "precision=no"] + ([f"data_root={data_root}"] if data_root else [])
+            short = [*shared, "batch_size=32", "warmup=100"]
+            tokenizer = _train(folder / "tokenizer", "fashion-nfig-vq", tokenizer_steps, VARIANTS[variant], short)
+            chosen = [*shared, "batch_size=16", "flip=false", f"tokenizer={tokenizer}", "classifier=null"]
             generator = _train(folder / "generator", "fashion-nfig", generator_steps, {}, chosen)
             figures = {"variant": variant, "seed": seed, **steps, **judge(generator, test, folder)}
             with atomic_file(folder / "figures.json") as partial:

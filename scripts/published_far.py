@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgen.generators.far import FAR
-from vgen.generators.frame_blocks import patches, rotate, token_rotations, whole
-from vgen.layers import linear
+from vgen.generators.frame_blocks import patches, token_rotations, whole
+from vgen.layers import linear, rotate
 
 
 class PublishedFAR:

@@ -8,6 +8,7 @@ import torch
 from tiny_models import randomise
 from torch import Tensor
 
+from vgen import layers
 from vgen.generators import frame_attention, frame_blocks
 from vgen.generators.far import FAR
 from vgen.generators.frame_attention import FrameRuns, causal_spans, two_copies_mask
@@ -371,7 +372,7 @@ def test_coarse_tokens_stand_at_the_first_place_they_cover() -> None:
 def test_rotation_turns_neighbouring_channels() -> None:
     x, angle = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0.3, 0.5])
     wanted = torch.stack([angle[0].cos(), angle[0].sin(), -angle[1].sin(), angle[1].cos()])
-    assert near(frame_blocks.rotate(x, angle.cos(), angle.sin()), wanted, 1e-7)
+    assert near(layers.rotate(x, angle.cos(), angle.sin()), wanted, 1e-7)
 
 
 def test_tokens_are_patches_in_raster_order_channels_first() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.generators.mvar import MVAR
+from vgen.generators.recurrent import RecurrentTransformer
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.frequency import FrequencyVQ
@@ -96,3 +97,29 @@ def random_images(tokenizer: MultiScaleVQ, batch: int, channels: int = 3, seed: 
     rng = torch.Generator().manual_seed(seed)
     size = tokenizer.image_size
     return torch.rand(batch, channels, size, size, generator=rng) * 2 - 1
+
+
+def tiny_recurrent(**changes: Any) -> RecurrentTransformer:
+    """Sixteen tokens of eleven codes, four blocks of width 32; random weights that tell tokens apart."""
+    config: dict[str, Any] = {
+        "num_tokens": 16,
+        "vocab_size": 11,
+        "num_classes": 3,
+        "width": 32,
+        "heads": 2,
+        "mlp_width": 48,
+        "recurrences": 6,
+        "grid": 4,
+        "rope_base": 100.0,
+    }
+    model = RecurrentTransformer(**(config | changes))
+    torch.manual_seed(0)
+    model.init_weights()
+    with torch.no_grad():
+        model.token_embed.weight.mul_(3)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "qk_bias" in name:
+                parameter.normal_(std=0.3)
+    return model.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from vgen.converters.far import convert_far
 from vgen.converters.mar import convert_mar
 from vgen.converters.maskgit import convert_mage, convert_maskgit
 from vgen.converters.mvar import convert_mvar
+from vgen.converters.recurrent import convert_recurrent
 from vgen.converters.shared import Source
 from vgen.converters.var import convert_var
 from vgen.files import atomic_folder, sha256
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Callable[..., Pipeline]] = {
     "mage": convert_mage,
     "mar": convert_mar,
     "far": convert_far,
+    "recurrent": convert_recurrent,
 }
 
 
@@ -32,7 +34,7 @@ def convert(family: str, *, transformer: Source, tokenizer: Source | None = None
     """Turn published weights into a pipeline.
 
     Args:
-        family: "var", "mvar", "maskgit", "mage", "mar" or "far".
+        family: "var", "mvar", "maskgit", "mage", "mar", "far" or "recurrent".
         transformer: a file (safetensors, or .pth without pickled objects) or a state dict.
         tokenizer: the same for the tokenizer; without it the pipeline gives no images.
         overrides: configuration values that shapes cannot tell, or tell wrongly.

@@ -16,12 +16,14 @@ from vgen.generators.mage import MAGE
 from vgen.generators.mar import MAR
 from vgen.generators.masked import MaskedTransformer
 from vgen.generators.mvar import MVAR
+from vgen.generators.recurrent import RecurrentTransformer
 from vgen.generators.var import VAR
 from vgen.pipelines.clips import CONTEXT_FILE
 from vgen.pipelines.mar import MARPipeline
 from vgen.pipelines.masked import MaskedPipeline
 from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.pipelines.raster import RasterPipeline
 from vgen.tokenizers.frames import DCAutoencoder, PatchPCA, PixelPatches, VQLatents
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.kl import KLAutoencoder
@@ -31,9 +33,13 @@ from vgen.types import CheckpointError, SettingError
 
 ZOO = Path(__file__).parent / "zoo"
 ROLES = ("tokenizer", "generator")
-PIPELINES = {cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline, NextFramePipeline)}
+PIPELINES = {
+    cls.__name__: cls for cls in (NextScalePipeline, MaskedPipeline, MARPipeline, NextFramePipeline, RasterPipeline)
+}
 CODECS = (DCAutoencoder, VQLatents, PatchPCA, PixelPatches)  # of video frames
-COMPONENTS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder, VAR, MVAR, MaskedTransformer, MAGE, MAR, *CODECS, FAR)
+IMAGE_TOKENIZERS = (MultiScaleVQ, FrequencyVQ, VQGAN, KLAutoencoder)
+GENERATORS = (VAR, MVAR, MaskedTransformer, MAGE, MAR, FAR, RecurrentTransformer)
+COMPONENTS = (*IMAGE_TOKENIZERS, *CODECS, *GENERATORS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 # PyTorch's own entry to oneDNN, which its compiler uses; absent from builds without oneDNN.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN_TYPES = [torch.float32]
+if ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # not on processors before AVX512
+    ONEDNN_TYPES.append(torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -15,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     float32 matrices 2.3 times faster than the MKL that PyTorch ships with.
     """
     usual = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype
-    if ONEDNN_LINEAR is not None and not usual and x.dtype in (torch.float32, torch.bfloat16):
+    if ONEDNN_LINEAR is not None and not usual and x.dtype in ONEDNN_TYPES:
         return ONEDNN_LINEAR(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
@@ -47,6 +50,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1) @ v
+
+
+def rotations(axis: int, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Unit complex numbers (n, axis / 2) that rotate the pairs of an axis by its positions (n,) (RoPE, 2104.09864), in
+    float64: position 100,000 is as exact as position 0."""
+    frequencies = base ** (-2 * torch.arange(axis // 2, dtype=torch.float64) / axis)
+    angles = positions.double()[:, None] * frequencies
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channels (2j, 2j + 1) of x (..., d) by angles (..., d / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 class KVCache:

@@ -26,7 +26,7 @@ class Step:
     """What is known after one model evaluation. Any step can be decoded to an image."""
 
     index: int  # counts from 0
-    total: int
+    total: int  # of a wave, whose length depends on its luck, the least possible from here
     tokens: Any  # next scale: list over scales of (B, n_k) int64; masked: (B, N) int64, or latents (B, N, C) for MAR;
     #              next frame: latents (B, F, C, H, W), each frame at its noise level of `time`
     known: Tensor  # (B, L) bool over all positions of the finished sample, in sampling order; next frame: (B, F)
@@ -35,6 +35,18 @@ class Step:
     evaluated: Tensor | None = None  # masked families: (B, L) bool, positions evaluated in this step; None: all
     time: Tensor | None = None  # masked diffusion: (B,) diffusion time after this step, from 1 down to 0;
     #                             next frame: (B, F) noise level sigma of each frame, likewise
+    wave: "Wave | None" = None  # recurrent depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wave:
+    """Where a recurrent-depth generator is at work, and what that has cost."""
+
+    depths: Tensor  # (B, N) int64: recurrences that each token has had
+    drafts: Tensor  # (B, N) int64: guesses at tokens that are not known yet, -1 where there is none
+    passes: int  # runs of the core so far, one after the other; each may be of many tokens
+    work: int  # tokens that these runs were of, summed over rows
+    restarts: int = 0  # tokens whose work was lost, an earlier guess having been wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +205,40 @@ class MaskedGenerator(Protocol):
         self, tokens: Tensor, class_labels: Tensor, positions: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """Logits (B, n, V) float32 of tokens (B, n), masked ones included, at `positions` (B, n), all for None."""
+        ...
+
+
+class RasterGenerator(Protocol):
+    """What raster samplers ask of a generator with a loop: position 0 holds the class, or the first word, and what is
+    read at a position are the logits of the next token."""
+
+    @property
+    def config(self) -> Any:
+        """With `num_tokens`, `vocab_size`, `width`, and `num_classes`, None where position 0 holds a token."""
+        ...
+
+    def prompt(self, class_labels: Tensor) -> Tensor:
+        """Ids (B, 1) that stand for classes (B,) at position 0."""
+        ...
+
+    def new_cache(self, batch: int, recurrences: int) -> Any:
+        """Preallocated keys and values of `batch` rows, of so many recurrences."""
+        ...
+
+    def scaled_state(self, uniform: Tensor) -> Tensor:
+        """States (..., D) that the loop begins with, from numbers uniform in [0, 1]."""
+        ...
+
+    def embed(self, tokens: Tensor, places: Any, cache: Any) -> Tensor:
+        """What the loop is given at every recurrence, (B, n, D), of tokens (B, n) at `cache.places(positions)`."""
+        ...
+
+    def recur(self, state: Tensor, embedded: Tensor, places: Any, cache: Any, depths: Any) -> Tensor:
+        """One recurrence: (B, n, D) x 2 -> (B, n, D), of tokens that have had `cache.depths(numbers)` before it."""
+        ...
+
+    def read(self, state: Tensor, places: Any, cache: Any) -> Tensor:
+        """Logits (B, n, V) of the tokens that follow."""
         ...
 
 

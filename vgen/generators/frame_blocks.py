@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgen.layers import Linear
+from vgen.layers import Linear, rotate, rotations
 
 TIME_FEATURES = 256
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values (B, heads, L, d) -> attended
@@ -22,14 +22,6 @@ def time_features(timesteps: Tensor) -> Tensor:
     steps = torch.arange(half, device=timesteps.device, dtype=timesteps.dtype)
     angles = timesteps[..., None] * torch.exp(-math.log(10_000) / (half - 1) * steps)
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def rotations(axis: int, positions: Tensor) -> Tensor:
-    """Unit complex numbers (n, axis / 2) that rotate the pairs of an axis by its positions (n,), in float64: frame
-    100,000 is as exact as frame 0."""
-    frequencies = 10_000.0 ** (-2 * torch.arange(axis // 2, dtype=torch.float64) / axis)
-    angles = positions.double()[:, None] * frequencies
-    return torch.complex(angles.cos(), angles.sin())
 
 
 def token_rotations(axes: Sequence[int], numbers: Sequence[int], side: int, step: int = 1) -> Tensor:
@@ -46,12 +38,6 @@ def token_rotations(axes: Sequence[int], numbers: Sequence[int], side: int, step
     space = torch.cat([rows, columns], -1).expand(len(numbers), -1, -1)
     time = rotations(time_axis, torch.tensor(numbers))[:, None].expand(-1, len(places) ** 2, -1)
     return torch.cat([time, space], -1).flatten(0, 1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2j, 2j + 1) of x (..., d) by angles (..., d / 2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgen.data import to_model_range
+from vgen.data import to_model_range, to_unit_range
 from vgen.pipelines.base import Labels, Pipeline, as_tensor
 from vgen.types import Output, Rng, SettingError, Step
 
@@ -124,6 +124,50 @@ class GridPipeline(Pipeline):
         if bool(kept.all(1).any()):
             raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
         return given.expand(batch, *shape), kept
+
+
+class CodePipeline(GridPipeline):
+    """A grid of codes, `generator.mask_token_id` standing where one is not known yet."""
+
+    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+        config, tokenizer = self.generator.config, self.tokenizer
+        return {
+            "vocab_size": (tokenizer.config["vocab_size"], config["vocab_size"]),
+            "number of tokens": (tokenizer.num_tokens, config["num_tokens"]),
+        }
+
+    # ---- given tokens
+
+    def given_tokens(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N) with the mask's id where they are not known, and which are known, (B, N) bool."""
+        number, mask = self.generator.config["num_tokens"], self.generator.mask_token_id
+        if tokens is None and known is None:
+            given = torch.full((batch, number), mask, device=self.device)
+            return given, given != mask
+        given, kept = self.both_given(tokens, known, batch, (number,))
+        whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+        given = given.long() if whole else given
+        if not whole or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
+            raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
+        return given.masked_fill(~kept, mask), kept
+
+    # ---- looking at tokens
+
+    @torch.no_grad()
+    def decode_floats(self, step: Step | Tensor) -> Tensor:
+        """A Step, or tokens (B, N) -> images (B, 3, S, S) float32 in [0, 1]; masked tokens as the codes' mean."""
+        self.check_tokenizer()
+        return to_unit_range(self.tokenizer.decode_latent(self.latent(step)))
+
+    def latent(self, step: Step | Tensor) -> Tensor:
+        """Code vectors (B, C, h, w) of a Step or of tokens; the tokens themselves where there is no tokenizer."""
+        tokens = step.tokens if isinstance(step, Step) else step
+        if self.tokenizer is None:
+            return tokens
+        masked = tokens == self.generator.mask_token_id
+        vectors = self.tokenizer.latent(tokens.masked_fill(masked, 0))
+        mean = self.tokenizer.codebook.weight.float().mean(0)[None, :, None, None]
+        return torch.where(masked.view(len(tokens), 1, *vectors.shape[2:]), mean, vectors)
 
 
 def check_recap(full_steps: int, partial_steps: int, steps: int) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.data import to_unit_range
 from vgen.pipelines.base import Labels, build_settings
-from vgen.pipelines.grid import GridPipeline, check_recap
+from vgen.pipelines.grid import CodePipeline, check_recap
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
 from vgen.samplers.logits import share_guidance
 from vgen.samplers.masked import (
@@ -40,7 +39,7 @@ READERS = {
 }
 
 
-class MaskedPipeline(GridPipeline):
+class MaskedPipeline(CodePipeline):
     """A single-scale tokenizer and a generator that predicts masked tokens.
 
     Args:
@@ -51,13 +50,6 @@ class MaskedPipeline(GridPipeline):
     """
 
     samplers = ("maskgit", "halton", "random", "first-hitting", "ancestral", "ancestral-categorical")
-
-    def shared_sizes(self) -> dict[str, tuple[int, int]]:
-        config, tokenizer = self.generator.config, self.tokenizer
-        return {
-            "vocab_size": (tokenizer.config["vocab_size"], config["vocab_size"]),
-            "number of tokens": (tokenizer.num_tokens, config["num_tokens"]),
-        }
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:
@@ -160,38 +152,7 @@ class MaskedPipeline(GridPipeline):
         if name in DEFAULT_SCHEDULES:  # a schedule that reveals nothing at some step
             scheduled(torch.zeros(1, number, dtype=torch.bool), steps, chosen.mask_schedule or DEFAULT_SCHEDULES[name])
 
-    # ---- given tokens
-
-    def given_tokens(self, tokens: Any, known: Any, batch: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N) with the mask's id where they are not known, and which are known, (B, N) bool."""
-        number, mask = self.generator.config["num_tokens"], self.generator.mask_token_id
-        if tokens is None and known is None:
-            given = torch.full((batch, number), mask, device=self.device)
-            return given, given != mask
-        given, kept = self.both_given(tokens, known, batch, (number,))
-        whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
-        given = given.long() if whole else given
-        if not whole or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
-            raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
-        return given.masked_fill(~kept, mask), kept
-
     # ---- looking at tokens
-
-    @torch.no_grad()
-    def decode_floats(self, step: Step | Tensor) -> Tensor:
-        """A Step, or tokens (B, N) -> images (B, 3, S, S) float32 in [0, 1]; masked tokens as the codes' mean."""
-        self.check_tokenizer()
-        return to_unit_range(self.tokenizer.decode_latent(self.latent(step)))
-
-    def latent(self, step: Step | Tensor) -> Tensor:
-        """Code vectors (B, C, h, w) of a Step or of tokens; the tokens themselves where there is no tokenizer."""
-        tokens = step.tokens if isinstance(step, Step) else step
-        if self.tokenizer is None:
-            return tokens
-        masked = tokens == self.generator.mask_token_id
-        vectors = self.tokenizer.latent(tokens.masked_fill(masked, 0))
-        mean = self.tokenizer.codebook.weight.float().mean(0)[None, :, None, None]
-        return torch.where(masked.view(len(tokens), 1, *vectors.shape[2:]), mean, vectors)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, class_labels: Labels = None) -> Tensor:

@@ -15,7 +15,7 @@ import yaml
 from vgen.types import SettingError
 
 PRESETS = Path(__file__).parent / "presets"
-WITH_PARTS = ("model", "video", "sample_settings")  # settings whose parts can be overridden one by one
+WITH_PARTS = ("model", "video", "loop", "sample_settings")  # settings whose parts can be overridden one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ class TrainingConfig:
     save_every: int = 500
     keep: int = 2
     sample_guidance: float = 2.5
-    sample_settings: dict[str, Any] = field(default_factory=dict)  # "masked" and "far": become the model's defaults
+    sample_settings: dict[str, Any] = field(default_factory=dict)  # become the model's defaults; var and mvar have none
     video: dict[str, Any] = field(default_factory=dict)  # "far": see vgen.training.next_frame.VideoTraining
+    loop: dict[str, Any] = field(default_factory=dict)  # "recurrent": see vgen.training.recurrent.LoopTraining
     license: str = "apache-2.0"
     notes: str = ""  # a paragraph for the model card
 
@@ -102,12 +103,14 @@ class TrainingConfig:
             raise SettingError(
                 f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
             )
-        if self.sample_settings and self.family not in ("masked", "far"):
+        if self.sample_settings and self.family not in ("masked", "far", "recurrent"):
             raise SettingError(
-                f"sample_settings serve the families 'masked' and 'far', not {self.family!r}: leave them out"
+                f"sample_settings serve the families masked, far and recurrent, not {self.family!r}: leave them out"
             )
         if self.video and self.family != "far":
             raise SettingError(f"video settings serve the family 'far', not {self.family!r}: leave them out")
+        if self.loop and self.family != "recurrent":
+            raise SettingError(f"loop settings serve the family 'recurrent', not {self.family!r}: leave them out")
         if self.kind == "generator" and not self.tokenizer and self.family != "far":
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 
@@ -188,6 +191,17 @@ def _build(values: dict[str, Any], source: str) -> TrainingConfig:
     if missing := [name for name in required if name not in values]:
         raise SettingError(f"{source} lacks {', '.join(missing)}")
     return TrainingConfig(**values)
+
+
+def read_part(values: dict[str, Any], kind: type, where: str) -> dict[str, Any]:
+    """Settings of the dataclass `kind`, each of its own type. Raises SettingError, which says `where` they stand."""
+    known = get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+            raise SettingError(f"unknown setting '{where}.{name}': {hint}")
+    return {name: coerce(f"{where}.{name}", value, known[name]) for name, value in values.items()}
 
 
 def coerce(name: str, value: Any, wanted: Any) -> Any:

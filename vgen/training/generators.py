@@ -23,7 +23,6 @@ from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
 from vgen.types import SettingError
 
-HELD_OUT = 2000  # test images that evaluation uses
 EVALUATION_BATCH = 250
 
 
@@ -32,6 +31,7 @@ class GeneratorTask(ABC):
 
     model_class: Any
     tokenizer_class: Any
+    held_out = 2000  # test images that evaluation uses
     init_settings: Mapping[str, str] = {}  # settings under `model` that are arguments of `init_weights`, and which
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -107,7 +107,7 @@ class GeneratorTask(ABC):
         With a classifier, also how many of its samples show their class and how far their features are from the real.
         """
         found: dict[str, list[Tensor]] = {}
-        indices = spread(len(self.test_tokens), HELD_OUT)
+        indices = spread(len(self.test_tokens), self.held_out)
         for start in range(0, len(indices), EVALUATION_BATCH):
             rows = indices[start : start + EVALUATION_BATCH]
             tokens = torch.from_numpy(self.test_tokens[rows].astype(np.int64)).to(self.model.device)

@@ -4,11 +4,10 @@ Two schemes. "clean-context" is FAR's: all frames are noisy, a few left clean at
 frame clean copies of those before it, exactly what sampling shows it, at twice the tokens.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from vgen.moving import ClipSource, MovingDigits, VideoFolder
 from vgen.pipelines.clips import CONTEXT_FILE
 from vgen.pipelines.next_frame import NextFramePipeline
 from vgen.tokenizers.frames import PatchPCA
-from vgen.training.config import TrainingConfig, coerce
+from vgen.training.config import TrainingConfig, read_part
 from vgen.training.families import build_model
 from vgen.training.trainer import epoch_order
 from vgen.types import SettingError
@@ -96,20 +95,9 @@ def video_training(values: dict[str, Any]) -> VideoTraining:
     phases = values.get("phases", [{}])
     if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
         raise SettingError(f"video.phases is {phases!r}: give a list with the settings of each phase")
-    built = [Phase(**_checked(phase, Phase, f"video.phases[{i}]")) for i, phase in enumerate(phases)]
+    built = [Phase(**read_part(phase, Phase, f"video.phases[{i}]")) for i, phase in enumerate(phases)]
     others = {name: value for name, value in values.items() if name != "phases"}
-    return VideoTraining(**_checked(others, VideoTraining, "video"), phases=built)
-
-
-def _checked(values: dict[str, Any], kind: type, where: str) -> dict[str, Any]:
-    """Settings of a dataclass, each of its own type."""
-    known = get_type_hints(kind)
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
-            raise SettingError(f"unknown setting '{where}.{name}': {hint}")
-    return {name: coerce(f"{where}.{name}", value, known[name]) for name, value in values.items()}
+    return VideoTraining(**read_part(others, VideoTraining, "video"), phases=built)
 
 
 class NextFrameTask:

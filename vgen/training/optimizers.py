@@ -14,9 +14,11 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     embeddings and codebooks are not decayed."""
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or any(word in name for word in ("embed.weight", "position", "codebook", "table")):
+        if parameter.ndim < 2 or any(
+            word in name for word in ("embed.weight", "position", "codebook", "table", "bias")
+        ):
             plain.append(parameter)
-        elif config.optimizer == "muon" and re.match(r"(in_|mid_|out_)?blocks?\.", name) and parameter.ndim == 2:
+        elif config.optimizer == "muon" and re.match(r"(\w+_)?blocks?\.", name) and parameter.ndim == 2:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

@@ -45,8 +45,15 @@ def build_task(config: TrainingConfig) -> Task:
     from vgen.training.masked import MaskedTask
     from vgen.training.next_frame import NextFrameTask
     from vgen.training.next_scale import MVARTask, NextScaleTask
+    from vgen.training.recurrent import RecurrentTask
 
-    families: dict[str, Any] = {"var": NextScaleTask, "mvar": MVARTask, "masked": MaskedTask, "far": NextFrameTask}
+    families: dict[str, Any] = {
+        "var": NextScaleTask,
+        "mvar": MVARTask,
+        "masked": MaskedTask,
+        "far": NextFrameTask,
+        "recurrent": RecurrentTask,
+    }
     if config.family not in families:
         raise SettingError(f"unknown generator family {config.family!r}: use one of {', '.join(families)}")
     return families[config.family](config)

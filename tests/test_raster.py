@@ -17,7 +17,7 @@ LABELS, SEEDS = [0, 1, 2], [5, 6, 7]
 WAVES: list[dict[str, Any]] = [
     {"inner_recurrences": inner, "wavefront": most, "headway": headway}
     for inner in (1, 2, 3, 6)
-    for most, headway in ((1, 1), (2, 1), (3, 1), (8, 1), (16, 1), (8, 3), (16, 16))
+    for most, headway in ((1, 1), (3, 1), (8, 1), (16, 3))
 ]
 
 
@@ -44,9 +44,7 @@ def test_noise_belongs_to_seed_and_position(pipeline: RasterPipeline) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "settings", [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "guidance_schedule": "constant"}]
-)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_tokens_are_those_of_one_whole_evaluation(pipeline: RasterPipeline, scale: float) -> None:
     """Given all of a row, every position draws its own token again: teacher forcing (E3)."""
     guided = {"guidance_scale": scale, "guidance_schedule": "constant"}

@@ -98,5 +98,3 @@ def test_without_biases_heads_are_given() -> None:
     given = without(state(), "qk_bias")
     model = vgen.convert("recurrent", transformer=given, heads=4).generator
     assert model.config["heads"] == 4 and not model.config["qk_bias"]
-
-

@@ -5,6 +5,7 @@ Heavy imports stay inside the commands, so that help is instant.
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +106,9 @@ Classes = Annotated[
     str | None, typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")]
-SamplerName = Annotated[str | None, typer.Option("--sampler", help="maskgit, halton, ...; default: the model's own.")]
+SamplerName = Annotated[
+    str | None, typer.Option("--sampler", help="halton, wave-df, ...; default: the model's own.")
+]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is off; default 2.")]
 GuidanceSchedule = Annotated[str | None, typer.Option(help="linear (default) or constant.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")]
@@ -436,7 +439,7 @@ def evaluate(
 
 @app.command()
 def convert(
-    family: Annotated[str, typer.Argument(help="var, mvar, maskgit, mage, mar or far.")],
+    family: Annotated[str, typer.Argument(help="var, mvar, maskgit, mage, mar, far or recurrent.")],
     transformer: Annotated[Path, typer.Option(help="The published transformer, .pth or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
     tokenizer: Annotated[Path | None, typer.Option(help="The published tokenizer; images need it.")] = None,
@@ -452,6 +455,7 @@ def convert(
     ] = None,
     window: Annotated[int | None, typer.Option(help="far, of FAR-Long: frames at full resolution, 16.")] = None,
     slope: Annotated[float | None, typer.Option(help="far: temporal decay of attention, 0.")] = None,
+    recurrences: Annotated[int | None, typer.Option(help="recurrent: runs of its loop per token, 32.")] = None,
     class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 (default), bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -463,7 +467,7 @@ def convert(
 
     kind = hub.parse_dtype(dtype)
     given: dict[str, Any] = {"heads": heads, "decoder_heads": decoder_heads, "side": side, "patch_size": patch_size}
-    given |= {"window": window, "slope": slope}
+    given |= {"window": window, "slope": slope, "recurrences": recurrences}
     given |= {"scales": _whole_numbers("--scales", scales), "rope_axes": _whole_numbers("--rope-axes", rope_axes)}
     overrides = {name: value for name, value in given.items() if value is not None}
     if class_names:
@@ -521,6 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    warnings.showwarning = _show_warning
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:
@@ -540,6 +545,14 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _explain(error)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """One line, as for errors, where it concerns the user; otherwise as Python does."""
+    if category.__name__ == "ModelWarning":
+        _fail(f"warning: {message}", DONE)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def _explain(error: Exception) -> int:

@@ -21,6 +21,10 @@ class CheckpointError(RuntimeError):
     """A model file that is corrupt, incomplete or of another kind than was asked for (exit code 1)."""
 
 
+class ModelWarning(UserWarning):
+    """Something about a model that its user should know, and that stops nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What is known after one model evaluation. Any step can be decoded to an image."""

@@ -12,7 +12,7 @@ from vgen.pipelines.grid import CodePipeline
 from vgen.samplers.raster import RasterSettings, Run, raster
 from vgen.samplers.wavefront import wave_df, wave_exact
 from vgen.samplers.zipar import zipar
-from vgen.types import Output, Rng, SettingError, Step
+from vgen.types import ModelWarning, Output, Rng, SettingError, Step
 
 WAVES = ("wave-exact", "wave-df")
 PARALLEL = (*WAVES, "jacobi", "zipar")
@@ -170,7 +170,8 @@ class RasterPipeline(CodePipeline):
                 warnings.warn(
                     f"this model's gate {name!r} is {value:.4g}, and should be {sign} {bound:g} ({what}): "
                     "parallel samplers gain less, and lossy ones lose more; sampler='raster' is safe",
-                    stacklevel=4,
+                    ModelWarning,
+                    stacklevel=2,
                 )
 
     # ---- looking at tokens

@@ -123,7 +123,8 @@ class Run:
         if self.streams == 2:
             share = (positions + self.shift + 1) / self.number
             scale = torch.stack([torch.as_tensor(self.scale_at(column)).flatten() for column in share.unbind(1)], 1)
-            logits = guide(*logits.chunk(2), scale.to(logits)[..., None])
+            cond, uncond = logits.chunk(2)
+            logits = guide(cond, uncond, scale.to(logits)[..., None])
         logits = truncate(temper(logits, settings.temperature), settings.top_k, settings.top_p)
         return self.follow(positions, draw(logits, self._rows(self.noise, positions)).cpu())
 

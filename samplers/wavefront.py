@@ -120,7 +120,7 @@ class Memory(NamedTuple):
         shape = (len(like), run.positions + 1, like.shape[2])
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
-    def index(self, run: Run, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def where(self, run: Run, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Where positions (B, n) are kept."""
         places = positions.where(real, run.positions).repeat(run.streams, 1).to(self.states.device)
         return torch.arange(len(places), device=places.device)[:, None], places
@@ -138,7 +138,7 @@ def wave_exact(run: Run, inner: int, most: int, headway: int) -> Iterator[Step]:
         _start(run, front, memory)
         positions, real = front.window(front.done)
         places = run.cache.places(positions, real)
-        kept = memory.index(run, positions, real)
+        kept = memory.where(run, positions, real)
         embedded, state = memory.embedded[kept], memory.states[kept]
         depths, count = front.depths.gather(1, positions).where(real, 0), int(real.sum())
         for number in range(inner):
@@ -165,7 +165,7 @@ def _start(run: Run, front: Front, memory: Memory) -> None:
         return
     positions, real = front.window(starts)
     places = run.cache.places(positions, real)
-    kept = memory.index(run, positions, real)
+    kept = memory.where(run, positions, real)
     memory.embedded[kept] = run.embed(front.inputs.gather(1, positions), positions, places)
     memory.states[kept] = run.begin(positions)
 
@@ -184,20 +184,19 @@ def wave_df(run: Run, inner: int, most: int, headway: int) -> Iterator[Step]:
         front.grow(most, headway)
         positions, real = front.window(front.done)
         places = run.cache.places(positions, real)
-        kept = memory.index(run, positions, real)
+        kept = memory.where(run, positions, real)
         depths, count = front.depths.gather(1, positions).where(real, 0), int(real.sum())
         new = (depths == 0).repeat(run.streams, 1)[..., None].to(run.device)
         made = run.embed(front.inputs.gather(1, positions), positions, places)
         embedded = torch.where(new, made, torch.lerp(made, memory.embedded[kept], settings.momentum))
-        before = memory.states[kept]
-        state = torch.where(new, run.begin(positions), before)
+        before = state = torch.where(new, run.begin(positions), memory.states[kept])
         if settings.state_noise:
             state = _mix(run, state, positions, depths, index)
         for _ in range(inner):
             state = run.recur(state, embedded, places, 0, count)
         memory.embedded[kept], memory.states[kept] = embedded, state
         found = run.read(state, positions, places).tolist()
-        moved = run.change(state, before).masked_fill(depths == 0, torch.inf)
+        moved = run.change(state, before)
         for row, width in enumerate(front.width):
             at_work = slice(front.done[row], front.done[row] + width)
             front.depths[row, at_work] += inner

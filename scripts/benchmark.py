@@ -1,5 +1,5 @@
 """Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `nfig`, `zoo`, `far`,
-`masked` or `evaluate`.
+`parallel`, `batch`, `masked` or `evaluate`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
 be trusted more than seconds across machines.
@@ -300,6 +300,77 @@ def compare_far(
     plot(rows, steps, out)
 
 
+# ---- many images to files
+
+
+@app.command("batch")
+def compare_batch(
+    model: Annotated[str, typer.Option(help="A bundled name or a folder.")] = "fashion-var",
+    images: Annotated[str, typer.Option(help="How many, separated by commas: memory must not grow with them.")] = (
+        "1000,10000"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once.")] = 64,
+    formats: Annotated[str, typer.Option(help="Ways to write them, separated by semicolons.")] = "png;npz;webdataset",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Many images to files against the same calls with nothing written: overhead, throughput and peak memory."""
+    shared: dict[str, Any] = {"model": model, "batch_size": batch_size, "threads": threads, "device": device}
+    lines = [["images", "files", "s", "images/s", "overhead", "CPU overhead", "peak MB"]]
+    for count in [int(item) for item in images.split(",")]:
+        bare: dict[str, Any] = {}
+        for way in ("", *formats.split(";")):
+            row = _measure_apart("batch", shared | {"images": count, "formats": way})
+            bare = bare or row
+            cells = [str(count), way or "none", f"{row['seconds']:.1f}", f"{row['images'] / row['seconds']:.1f}"]
+            cells += [f"{100 * (row[name] / bare[name] - 1):.1f}%" for name in ("seconds", "cpu_seconds")]
+            lines.append([*cells, f"{row['peak_mb']:.0f}"])
+            print(f"measured {count} images, {way or 'nothing'} written", file=sys.stderr)
+    _print_table(lines)
+
+
+# ---- a recurrent-depth model
+
+
+@app.command("parallel")
+def compare_parallel(
+    model: Annotated[str, typer.Option(help="A bundled name or a folder.")] = "fashion-recurrent",
+    threads: Annotated[str, typer.Option(help="CPU threads, separated by commas.")] = "1,2",
+    batches: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,4,16",
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 5,
+    samples: Annotated[int, typer.Option(help="Images whose tokens are compared.")] = 100,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="All figures; the plot is drawn beside them.")] = Path(
+        "docs/results/parallel.json"
+    ),
+) -> None:
+    """Parallel samplers of a looped generator against one token after the other, with and without early exits: passes,
+    agreement, and wall clock turn by turn."""
+    from benchmark_parallel import plot
+
+    from vgen.files import atomic_file
+
+    shared: dict[str, Any] = {"model": model, "device": device}
+    counts = _measure_apart("parallel-counts", shared | {"samples": samples, "threads": 1})
+    lines = [["way", *next(iter(counts.values()))]]
+    lines += [[name, *(f"{value:.3g}" for value in row.values())] for name, row in counts.items()]
+    _print_table(lines)
+    rows = []
+    for count in [int(item) for item in threads.split(",")]:
+        for batch in [int(item) for item in batches.split(",")]:
+            job = shared | {"threads": count, "batch": batch, "repeats": repeats}
+            ways = _measure_apart("parallel", job)
+            rows.append({"threads": count, "batch": batch, "ways": ways})
+            lines = [[f"threads {count}, batch {batch}", "ms/image", "times faster", "than early exit"]]
+            for name, way in ways.items():
+                lines.append([name, f"{way['seconds'] * 1e3:.1f}", f"{way['faster']:.2f}"])
+                lines[-1].append(f"{way['faster than early exit']:.2f}")
+            _print_table(lines)
+    with atomic_file(out) as partial:
+        partial.write_text(json.dumps({"model": model, "counts": counts, "times": rows}, indent=1) + "\n")
+    plot(rows, out.with_suffix(".png"))
+
+
 # ---- masked generation at 256 px with random weights, and sampling work
 
 
@@ -552,15 +623,18 @@ def _measure_apart(name: str, job: dict[str, Any]) -> dict[str, Any]:
 @app.command(hidden=True)
 def measure(name: str, job: str) -> None:
     """One configuration, in this process."""
+    from benchmark_batch import run_batch
     from benchmark_far import run_context, run_steps
     from benchmark_masked import run_categorical, run_sampling
     from benchmark_mvar import run_pass, run_scan
     from benchmark_nfig import run_pairs
+    from benchmark_parallel import run_counts, run_times
     from benchmark_zoo import run_zoo
 
     runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
     runs |= {"mvar": run_pass, "scan": run_scan, "nfig": run_pairs, "zoo": run_zoo}
     runs |= {"far": run_steps, "far-context": run_context}
+    runs |= {"batch": run_batch, "parallel": run_times, "parallel-counts": run_counts}
     print(json.dumps(runs[name](json.loads(job))))
 
 

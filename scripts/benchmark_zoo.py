@@ -45,11 +45,13 @@ def _sampling(pipeline: Any, labels: list[int]) -> Callable[[], Any]:
 
 
 def _training(pipeline: Any, config: Any) -> Callable[[], None]:
-    """A training step as the preset does it: bfloat16 autocast, its optimizers, tokens that are there already."""
+    """A training step as the preset does it: autocast where the device has bfloat16, its optimizers, tokens that are
+    there already."""
     import torch
     import torch.nn.functional as F
 
     from vgen.training.optimizers import build_optimizers
+    from vgen.training.precision import has_bfloat16
 
     model = pipeline.generator.train()
     optimizers = build_optimizers(model, config)
@@ -59,7 +61,7 @@ def _training(pipeline: Any, config: Any) -> Callable[[], None]:
 
     def step() -> None:
         context = pipeline.tokenizer.context(tokens.split(model.lengths, dim=1))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16(torch.device("cpu"))):
             logits = model(context, labels)
             loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         loss.backward()

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from vgen.batch import Item, from_request, plan, sample_to_files
+from vgen import batch
+from vgen.batch import Item, from_request, plan
+from vgen.ledger import MANIFEST, RUN_FILE
 from vgen.media import read_request
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.types import Request, SettingError
@@ -21,6 +23,10 @@ from vgen.types import Request, SettingError
 @pytest.fixture(scope="module")
 def pipeline() -> NextScalePipeline:
     return tiny_pipeline()
+
+
+def sample_to_files(*given: Any, **named: Any) -> list[Path]:
+    return batch.sample_to_files(*given, **named).paths
 
 
 def pixels(paths: Sequence[Path]) -> list[np.ndarray]:
@@ -123,7 +129,7 @@ class Camera:
 
     def __call__(self, class_labels: Any, seeds: list[int], **settings: Any) -> SimpleNamespace:
         self.batches.append(len(seeds))
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8), (seed % 256, 0, 0)) for seed in seeds])
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), (seed % 256, 0, 0)) for seed in seeds], evaluations=3)
 
     def request(self, labels: Any, seeds: list[int], sampler: Any, settings: dict) -> Request:
         return Request(model="camera", class_labels=labels, seeds=seeds)
@@ -155,8 +161,9 @@ def test_a_full_disk_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(OSError, match="No space"):
         sample_to_files(Camera(), plan([0], 9, 0), tmp_path, settings={}, batch_size=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [item.name for item in plan([0], 3, 0)]
-    assert all(read_request(path).seeds == [i] for i, path in enumerate(sorted(tmp_path.iterdir())))
+    names = [item.name for item in plan([0], 3, 0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, MANIFEST, RUN_FILE]
+    assert all(read_request(tmp_path / name).seeds == [i] for i, name in enumerate(names))
 
 
 def test_a_sheet_of_many_pictures_needs_few_open_files(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_sample_prints_the_paths_of_its_pictures(run: Run, saved: Path) -> None:
     names = ["000000_c0002_s7.png", "000001_c0002_s8.png", "000002_c0000_s9.png", "000003_c0000_s10.png"]
     assert done.code == 0
     assert done.out.splitlines() == [str(Path("pictures") / name) for name in names]
-    assert files() == sorted([f"pictures/{name}" for name in names] + ["pictures/sheet.png"])
+    records = ["manifest.jsonl", "run.json", "sheet.png"]
+    assert files() == sorted(f"pictures/{name}" for name in [*names, *records])
     direct = tiny_pipeline()(class_labels=[2, 2, 0, 0], seeds=[7, 8, 9, 10]).images
     for path, image in zip(done.out.splitlines(), direct, strict=True):
         assert np.array_equal(np.array(Image.open(path)), np.array(image))

@@ -16,13 +16,22 @@ import vgen
 # DESIGN.md section 1: each floor stands only on those below it. A package may import from its own floor itself.
 FLOORS = [
     {"vgen", "vgen.types"},
-    {"vgen.files", "vgen.ffmpeg", "vgen.data", "vgen.scan", "vgen.spectrum", "vgen.rng", "vgen.progress"},
-    {"vgen.layers", "vgen.tokenizers", "vgen.samplers", "vgen.media"},
+    {
+        "vgen.files",
+        "vgen.memory",
+        "vgen.ffmpeg",
+        "vgen.data",
+        "vgen.scan",
+        "vgen.spectrum",
+        "vgen.rng",
+        "vgen.progress",
+    },
+    {"vgen.layers", "vgen.tokenizers", "vgen.samplers", "vgen.media", "vgen.ledger"},
     {"vgen.generators", "vgen.videos"},
-    {"vgen.pipelines", "vgen.moving"},
+    {"vgen.pipelines", "vgen.moving", "vgen.outputs"},
     {"vgen.converters"},
     {"vgen.hub", "vgen.conversion"},
-    {"vgen.batch", "vgen.inspection"},
+    {"vgen.batch", "vgen.shards", "vgen.inspection"},
     {"vgen.evaluation"},
     {"vgen.training"},  # which logs the evaluator's quick figures
     {"vgen.app"},

@@ -68,7 +68,7 @@ def test_samples_are_the_files_that_vgen_sample_writes(
     pipeline: NextScalePipeline, tmp_path: Path, settings: dict[str, Any], labels: list[int] | None
 ) -> None:
     items = plan(labels, 3, seed=5)
-    paths = sample_to_files(pipeline, items, tmp_path, settings=settings, batch_size=2)
+    paths = sample_to_files(pipeline, items, tmp_path, settings=settings, batch_size=2).paths
     written = torch.from_numpy(np.stack([np.array(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
     assert len(written.flatten(1).unique(dim=0)) == len(items)
     images = SampledImages(pipeline, items, settings)

@@ -3,9 +3,11 @@
 Heavy imports stay inside the commands, so that help is instant.
 """
 
+import os
 import shlex
 import sys
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,9 +108,7 @@ Classes = Annotated[
     str | None, typer.Option(help="Names, ids and ranges: sneaker,bag or 0-4,7; 'none' for unconditional.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")]
-SamplerName = Annotated[
-    str | None, typer.Option("--sampler", help="halton, wave-df, ...; default: the model's own.")
-]
+SamplerName = Annotated[str | None, typer.Option("--sampler", help="halton, wave-df, ...; default: the model's own.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is off; default 2.")]
 GuidanceSchedule = Annotated[str | None, typer.Option(help="linear (default) or constant.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")]
@@ -150,7 +150,9 @@ def sample(
     classes: Classes = None,
     per_class: Annotated[int, typer.Option(help="Images per class.")] = 1,
     seed: Seed = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the images; default: samples, or again with --from.")
+    ] = None,
     sampler: SamplerName = None,
     guidance_scale: GuidanceScale = None,
     guidance_schedule: GuidanceSchedule = None,
@@ -160,10 +162,21 @@ def sample(
     steps: Steps = None,
     more_smooth: MoreSmooth = None,
     other_settings: SamplerSettings = [],  # noqa: B006
-    batch_size: Annotated[int, typer.Option(help="Images sampled at once; changes speed, not images.")] = 16,
+    batch_size: Annotated[
+        str, typer.Option(help="Images sampled at once, or auto: as many as pay; changes speed, not images.")
+    ] = "16",
+    decode_batch_size: Annotated[int | None, typer.Option(help="Images decoded at once; default: a batch.")] = None,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write sheet.png with all images, a row per class.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="k/n: only items k, k + n, ...; machines share a run, 'vgen merge' joins it.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time one item, print what the run would take as JSON, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON instead of all file names.")] = False,
     source: Annotated[
         Path | None, typer.Option("--from", help="Repeat the request inside a file made by vgen: PNG, MP4, GIF or npz.")
     ] = None,
@@ -175,7 +188,8 @@ def sample(
         int | None, typer.Option(help="Videos: how many frames of the clip; default: all, or the model's own.")
     ] = None,
     formats: Annotated[
-        str | None, typer.Option("--format", help="Videos: which of mp4,gif,png,npz; png is a folder. Default: all.")
+        str | None,
+        typer.Option("--format", help="Images: png,npz,webdataset (default png). Videos: mp4,gif,png,npz (all)."),
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Videos: frames per second of the files; default 10.")] = None,
     device: Device = None,
@@ -199,50 +213,132 @@ def sample(
         frames=frames,
         context_frames=context_frames,
     )
-    videos = _video_files(formats, fps)
+    job = _SampleJob(out, batch_size, decode_batch_size, sheet, shard, overwrite, dry_run, as_json, formats, fps)
     if source is not None:
         if classes is not None or per_class != 1 or sheet:
             raise typer.BadParameter("--from repeats what is in its file: leave out --classes, --per-class and --sheet")
-        paths = _repeat(source, model, seed, sampler, settings, context, videos, device, dtype, out, batch_size)
-    else:
-        if model is None:
-            raise typer.BadParameter("name a model ('vgen models' lists them), or repeat an image with --from FILE")
-        from vgen import batch, hub
+        _repeat(source, model, seed, sampler, settings, context, device, dtype, job)
+        return
+    if model is None:
+        raise typer.BadParameter("name a model ('vgen models' lists them), or repeat an image with --from FILE")
+    from vgen import batch, hub
 
-        pipeline = hub.load(model, device=device, dtype=dtype)
-        settings |= _context(context, context_frames, pipeline)
-        _check_video_flags(pipeline, videos)
-        pipeline.resolve_settings(settings, sampler)
-        labels = _parse_classes(classes, pipeline)
-        paths = batch.sample_to_files(
-            pipeline,
-            batch.plan(labels, per_class, seed or 0),
-            out,
-            settings=settings,
-            sampler=sampler,
-            batch_size=batch_size,
-            sheet_columns=per_class if sheet and per_class > 1 else 10 if sheet else 0,
-            videos=videos,
-        )
+    pipeline = hub.load(model, device=device or _own_device(), dtype=dtype)
+    settings |= _context(context, context_frames, pipeline)
+    pipeline.resolve_settings(settings, sampler)
+    labels = _parse_classes(classes, pipeline)
+    columns = per_class if sheet and per_class > 1 else 10 if sheet else 0
+    _carry_out(pipeline, batch.plan(labels, per_class, seed or 0), settings, sampler, job, columns)
+
+
+@dataclass(frozen=True)
+class _SampleJob:
+    """The flags of `vgen sample` that say where and how, not what."""
+
+    out: Path | None
+    batch_size: str
+    decode_batch_size: int | None
+    sheet: bool
+    shard: str | None
+    overwrite: bool
+    dry_run: bool
+    as_json: bool
+    formats: str | None
+    fps: float | None
+
+
+def _carry_out(
+    pipeline: Any, items: list[Any], settings: dict[str, Any], sampler: str | None, job: _SampleJob, columns: int = 0
+) -> None:
+    """Sample a plan's items, or say what that would take; several processes started by torchrun share it."""
+    import json
+
+    from vgen import batch
+
+    files, part, processes = _files(job, pipeline), _shard(job.shard), _processes()
+    if processes is not None:
+        if part.count > 1:
+            raise typer.BadParameter("torchrun divides the run by itself: leave out --shard")
+        part = batch.Shard(processes.process_index, processes.num_processes)
+        batch.check_sheet(columns, files, batch.Shard())
+    if job.decode_batch_size is not None and job.decode_batch_size < 1:
+        raise typer.BadParameter(f"--decode-batch-size is {job.decode_batch_size}: it must be at least 1")
+    pipeline.decode_batch = job.decode_batch_size
+    given: dict[str, Any] = {"settings": settings, "sampler": sampler, "files": files, "shard": part}
+    if job.dry_run:
+        print(json.dumps(batch.estimate(pipeline, items, **given), indent=1, sort_keys=True))
+        return
+    out, size = job.out or Path("samples"), _batch_size(job.batch_size)
+    given |= {"batch_size": size, "sheet_columns": 0 if processes else columns, "overwrite": job.overwrite}
+    try:
+        done = batch.sample_to_files(pipeline, items, out, **given)
+    except KeyboardInterrupt:
+        print(f"vgen: interrupted; what is done is in {out}, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        print(f"vgen: what is done is in {out}, and the same command goes on from there", file=sys.stderr)
+        raise error
+    paths = done.paths
+    if processes is not None:
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return
+        from vgen.shards import merge
+
+        merge([out], verify=False)
+        paths = batch.written_files(out, items, files)
+        if columns:
+            batch.write_sheet(out, items, files, columns)
+    if job.as_json:
+        print(json.dumps({"out": str(out), "files": len(paths), "made": done.made, "there": done.there}))
+        return
     for path in paths:
         print(path)
 
 
-def _video_files(formats: str | None, fps: float | None) -> Any:
-    """What --format and --fps ask for; None where neither was given."""
-    if formats is None and fps is None:
+def _batch_size(text: str) -> int | None:
+    """A number, or None for "auto"."""
+    if text.strip().lower() == "auto":
         return None
-    from vgen.batch import VideoFiles
-
-    given: dict[str, Any] = {} if fps is None else {"fps": fps}
-    if formats is not None:
-        given["formats"] = tuple(dict.fromkeys(filter(None, (name.strip().lower() for name in formats.split(",")))))
-    return VideoFiles(**given)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--batch-size {text!r}: write a whole number, or auto") from error
 
 
-def _check_video_flags(pipeline: Any, videos: Any) -> None:
-    if videos is not None and not pipeline.makes_videos:
-        raise typer.BadParameter(f"{pipeline.source} makes images, which are PNG: leave out --format and --fps")
+def _shard(text: str | None) -> Any:
+    from vgen.batch import Shard
+
+    return Shard() if text is None else Shard.parse(text)
+
+
+def _processes() -> Any:
+    """The processes that torchrun or accelerate started together with this one; None where it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from vgen.evaluation.features import processes
+
+    return processes()
+
+
+def _own_device() -> str | None:
+    """The GPU of this process among those that torchrun started; None where it is alone, or there are no GPUs."""
+    processes = _processes()
+    return str(processes.device) if processes is not None and processes.device.type == "cuda" else None
+
+
+def _files(job: _SampleJob, pipeline: Any) -> Any:
+    """What --format and --fps ask for."""
+    from vgen.batch import ImageFiles, VideoFiles
+
+    given: dict[str, Any] = {}
+    if job.formats is not None:
+        given["formats"] = tuple(dict.fromkeys(filter(None, (n.strip().lower() for n in job.formats.split(",")))))
+    if pipeline.makes_videos:
+        return VideoFiles(**given | ({} if job.fps is None else {"fps": job.fps}))
+    if job.fps is not None:
+        raise typer.BadParameter(f"{pipeline.source} makes images, which have no frames per second: leave out --fps")
+    return ImageFiles(**given)
 
 
 def _context(path: Path | None, count: Any, pipeline: Any) -> dict[str, Any]:
@@ -265,12 +361,10 @@ def _repeat(
     sampler: str | None,
     settings: dict[str, Any],
     context: Path | None,
-    videos: Any,
     device: str | None,
     dtype: str | None,
-    out: Path,
-    batch_size: int,
-) -> list[Path]:
+    job: _SampleJob,
+) -> None:
     """Carry out the request inside a file; flags override it."""
     from vgen import __version__, batch, hub
     from vgen.media import read_request
@@ -286,19 +380,11 @@ def _repeat(
     ):
         if then != now:
             print(f"vgen: made with {what} {then[:12]}, now {now[:12]}: pixels may differ", file=sys.stderr)
-    _check_video_flags(pipeline, videos)
     count = settings.get("context_frames", request.settings.get("context_frames"))
     settings = request.settings | settings | _context(context, count, pipeline)
     pipeline.resolve_settings(settings, sampler or request.sampler)
-    return batch.sample_to_files(
-        pipeline,
-        batch.from_request(request, seed),
-        out,
-        settings=settings,
-        sampler=sampler or request.sampler,
-        batch_size=batch_size,
-        videos=videos,
-    )
+    job = replace(job, out=job.out or Path("again"))
+    _carry_out(pipeline, batch.from_request(request, seed), settings, sampler or request.sampler, job)
 
 
 def _parse_classes(text: str | None, pipeline: Any) -> list[int] | None:
@@ -484,6 +570,26 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
         return [int(number) for number in text.split(",")] if text else None
     except ValueError as error:
         raise typer.BadParameter(f"{option} {text!r}: write whole numbers like 1,2,3") from error
+
+
+@app.command()
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders that 'vgen sample' wrote, with the shards of one run.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for all files, or an .npz of all images; default: into the one folder."),
+    ] = None,
+) -> None:
+    """Put the shards of a run together, after checking that nothing is missing, twice there or damaged.
+
+    Example: vgen merge machine-a/ machine-b/ --out samples.npz
+    """
+    from vgen import shards
+
+    for path in shards.merge(folders, out):
+        print(path)
 
 
 @app.command()

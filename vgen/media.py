@@ -1,5 +1,6 @@
 """Picture files: PNG with the Request inside, contact sheets, and reading the Request back, also out of videos."""
 
+import io
 import struct
 import zipfile
 import zlib
@@ -37,11 +38,22 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 def save_png(image: Image.Image, path: Path, request: Request | None = None) -> None:
     """Write a PNG, whole or not at all, with the request that repeats it."""
+    with atomic_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=_chunks(request))
+
+
+def png_bytes(image: Image.Image, request: Request | None = None) -> bytes:
+    """What `save_png` writes."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=_chunks(request))
+    return file.getvalue()
+
+
+def _chunks(request: Request | None) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     if request is not None:
         info.add_itxt(KEY, request.to_json(), zip=False)
-    with atomic_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+    return info
 
 
 def read_request(path: Path) -> Request:

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.evaluation.extractors import Extractor, digest_of
-from vgen.evaluation.images import Batch, ImageSet, chunks, image_digests, is_out_of_memory, pixel_bytes
+from vgen.evaluation.images import Batch, ImageSet, chunks, image_digests, pixel_bytes
 from vgen.files import atomic_file
+from vgen.memory import is_out_of_memory
 from vgen.progress import progress
 from vgen.types import SettingError
 

@@ -405,14 +405,6 @@ def image_digests(pixels: Tensor) -> Tensor:
     return torch.tensor([int.from_bytes(value, "big", signed=True) for value in found])
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on a GPU or a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-
-
 def chunks(number: int, size: int) -> Iterator[tuple[int, int]]:
     """Ranges that cover 0..number."""
     return ((start, min(start + size, number)) for start in range(0, number, size))

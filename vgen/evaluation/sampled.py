@@ -10,8 +10,9 @@ import torch
 from vgen import __version__
 from vgen.batch import Item
 from vgen.data import to_model_range, to_uint8, to_unit_range
-from vgen.evaluation.images import Batch, ImageSet, image_digests, is_out_of_memory, pixel_bytes, sampling_facts
+from vgen.evaluation.images import Batch, ImageSet, image_digests, pixel_bytes, sampling_facts
 from vgen.evaluation.metrics import per_image_error
+from vgen.memory import is_out_of_memory
 from vgen.types import SettingError
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from vgen import __version__
 from vgen.data import SUFFIXES, to_model_range
 from vgen.evaluation.arrays import ArrayMember
-from vgen.evaluation.images import UNREADABLE, is_out_of_memory, pixel_bytes
+from vgen.evaluation.images import UNREADABLE, pixel_bytes
 from vgen.evaluation.judges import VIDEO_METRICS
 from vgen.evaluation.metrics import Moments, check_ssim, frechet_distance, per_image_error
 from vgen.evaluation.report import Report
 from vgen.files import sha256
+from vgen.memory import is_out_of_memory
 from vgen.progress import progress
 from vgen.types import CheckpointError, SettingError
 

@@ -41,6 +41,7 @@ class Pipeline(DiffusionPipeline):
     source: str = ""  # the name this pipeline was loaded by
     folder: Path | None = None  # where it was loaded from
     files: Sequence[Path] = ()  # its weights there
+    decode_batch: int | None = None  # samples that are decoded at a time; None: all of a batch
 
     # ---- what families provide
 
@@ -79,7 +80,7 @@ class Pipeline(DiffusionPipeline):
         began = time.monotonic() if began is None else began
         for step in steps:
             last = step
-        made = self.latent(last) if output_type == "latent" else self.render(self.decode_floats(last), output_type)
+        made = self.latent(last) if output_type == "latent" else self.render(self._decode_parts(last), output_type)
         return Output(
             **{"frames" if self.makes_videos else "images": made},
             tokens=last.tokens,
@@ -87,6 +88,14 @@ class Pipeline(DiffusionPipeline):
             seconds=time.monotonic() - began,
             seeds=getattr(rng, "seeds", None),
         )
+
+    def _decode_parts(self, step: Step) -> Tensor:
+        """`decode_floats`, of `decode_batch` samples at a time: decoders often need more memory than all else."""
+        batch, size = len(step.known), self.decode_batch
+        if size is None or size >= batch:
+            return self.decode_floats(step)
+        parts = [self.decode_floats(rows_of(step, slice(start, start + size))) for start in range(0, batch, size)]
+        return torch.cat(parts)
 
     def latent(self, step: Step) -> Any:
         """What output_type "latent" gives."""
@@ -266,6 +275,17 @@ class Pipeline(DiffusionPipeline):
         """Raise SettingError where this pipeline was built without its tokenizer."""
         if self.tokenizer is None:
             raise SettingError("this pipeline has no tokenizer, which this needs: convert it again with tokenizer=")
+
+
+def rows_of(step: Step, rows: slice) -> Step:
+    """A step of some of its samples alone."""
+
+    def take(values: Any) -> Any:
+        return [part[rows] for part in values] if isinstance(values, list) else values[rows]
+
+    kept = {name: getattr(step, name) for name in ("tokens", "known", "latent", "evaluated", "time")}
+    taken = {name: take(values) for name, values in kept.items() if values is not None}
+    return dataclasses.replace(step, **taken, wave=None)
 
 
 def check_output_type(output_type: str) -> None:

@@ -1,6 +1,8 @@
 """In which type a device computes fast enough to train."""
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ def has_bfloat16(device: torch.device) -> bool:
     as long as in float32, and convolutions' gradients longer still."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # recent torch
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # recent torch
     return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -102,7 +102,8 @@ def test_formats_are_chosen_and_written_once(run: Run, model: str) -> None:
     assert frames(made(run(model, "--format", "gif", "--fps", 0.01, "--out", "slow"))[0]).shape[0] == 4
     paths = made(run(model, "--format", "NPZ, png,npz", "--fps", 1000))  # a GIF could not be as fast
     assert [str(path) for path in paths] == ["samples/000000_cnone_s0.npz", "samples/000000_cnone_s0"]
-    assert sorted(path.name for path in Path("samples").iterdir()) == ["000000_cnone_s0", "000000_cnone_s0.npz"]
+    names = sorted(path.name for path in Path("samples").iterdir())
+    assert names == ["000000_cnone_s0", "000000_cnone_s0.npz", "manifest.jsonl", "run.json"]
 
 
 def test_files_say_what_they_cannot_be() -> None:
@@ -207,8 +208,8 @@ def test_mistakes_are_one_line_that_names_them(run: Run, model: str, saved: Path
         ([model, "--context", "none.mp4"], 1, "no such file: none.mp4"),
         (["--from", "none.mp4"], 1, "no such file: none.mp4"),
         (["--from", clip], 2, "carries no vgen request"),
-        ([image, "--format", "npz"], 2, "makes images, which are PNG: leave out --format and --fps"),
-        ([image, "--fps", 5], 2, "makes images, which are PNG: leave out --format and --fps"),
+        ([image, "--format", "mp4"], 2, "unknown format 'mp4': use one or more of png, npz, webdataset"),
+        ([image, "--fps", 5], 2, "makes images, which have no frames per second: leave out --fps"),
         ([image, "--context", clip], 2, "makes images, which continue no clip: leave out --context"),
         ([image, "--frames", 4], 2, "unknown setting 'frames'"),
         ([model, "--top-k", 4], 2, "unknown setting 'top_k'"),
@@ -221,6 +222,6 @@ def test_mistakes_are_one_line_that_names_them(run: Run, model: str, saved: Path
 
 def test_a_request_of_an_image_takes_no_flags_of_videos(run: Run, saved: Path, clip: Path) -> None:
     (path,) = made(run(saved, "--classes", 0))
-    for flags in (["--format", "npz"], ["--context", clip]):
+    for flags in (["--fps", 5], ["--context", clip]):
         found = run("--from", path, *flags)
         assert found.code == 2 and "makes images" in found.err and len(found.err.splitlines()) == 1

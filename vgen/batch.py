@@ -130,7 +130,7 @@ def sample_to_files(
     if own:
         for sink in sinks:
             sink.finish()
-    if part.count == 1:
+    if part.count == 1 and own:
         ledger.join()
     if sheet_columns:
         write_sheet(out, own, files, sheet_columns)
@@ -295,6 +295,7 @@ class Writer:
 
     def _write(self, batch: list[Sample]) -> None:
         lines: list[Line] = []
+        self.ledger.begin()
         try:
             for sample in batch:
                 line: Line = {

@@ -74,16 +74,25 @@ class Ledger:
 
     def __init__(self, folder: Path, facts: dict[str, Any], shard: Shard, overwrite: bool = False) -> None:
         self.folder, self.facts, self.path = folder, facts, folder / shard.manifest
-        if overwrite:
-            forget(folder)
-        check_same(folder, facts)
-        self.lines = {line["index"]: line for line in read_all(folder)}
-        if not (folder / RUN_FILE).is_file():
-            with atomic_file(folder / RUN_FILE) as partial:
-                partial.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        self.overwrite, self.begun = overwrite, False
+        if not overwrite:
+            check_same(folder, facts)
+        self.lines = {} if overwrite else {line["index"]: line for line in read_all(folder)}
+
+    def begin(self) -> None:
+        """Make the folder's records, now that there is something to put in: a run that is refused leaves nothing."""
+        if self.begun:
+            return
+        if self.overwrite:
+            forget(self.folder)
+        if not (self.folder / RUN_FILE).is_file():
+            with atomic_file(self.folder / RUN_FILE) as partial:
+                partial.write_text(json.dumps(self.facts, indent=1, sort_keys=True) + "\n")
+        self.begun = True
 
     def add(self, lines: Iterable[Line]) -> None:
         """Append lines of finished items, whole and on the disk when this returns."""
+        self.begin()
         added = list(lines)
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in added)
         with self.path.open("a") as file:

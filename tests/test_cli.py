@@ -706,6 +706,6 @@ def test_ctrl_c_is_code_130(run: Run, saved: Path, monkeypatch: pytest.MonkeyPat
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vgen.batch.save_png", interrupted)
+    monkeypatch.setattr("vgen.outputs.save_png", interrupted)
     done = run("sample", saved)
-    assert (done.code, done.out, files()) == (130, "", [])
+    assert (done.code, done.out, files()) == (130, "", ["samples/run.json"])

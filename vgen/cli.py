@@ -383,7 +383,7 @@ def _repeat(
     count = settings.get("context_frames", request.settings.get("context_frames"))
     settings = request.settings | settings | _context(context, count, pipeline)
     pipeline.resolve_settings(settings, sampler or request.sampler)
-    job = replace(job, out=job.out or Path("again"))
+    job = replace(job, out=job.out or Path("again"), overwrite=True)  # pictures of several requests may lie together
     _carry_out(pipeline, batch.from_request(request, seed), settings, sampler or request.sampler, job)
 
 

@@ -17,6 +17,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def usual_device() -> torch.device:
+    """The kind of device that training runs on here; asking accelerate would settle how processes talk."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def autocast_type(precision: str, device: torch.device) -> str:
     """What the setting means on a device, "no", "fp16" or "bf16": "auto" is bf16 where the device has it, else no."""
     if precision != "auto":

@@ -1,9 +1,11 @@
 """From a configuration to a finished model: chooses the task and runs the trainer."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 
@@ -22,7 +24,9 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
         raise SettingError(f"{out} holds a run already: continue it with --resume, or choose another --out")
     if resume and not checkpoints(out):
         raise SettingError(f"nothing to resume in {out}: start without --resume")
-    with PartialState().main_process_first():  # the first process caches tokens, the others read them
+    # Without GPUs accelerate joins the processes of torchrun only where it is told to use the CPU.
+    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    with PartialState(cpu=on_cpu).main_process_first():  # the first process caches tokens, the others read them
         task = build_task(config)
     if not resume:
         with atomic_file(out / "config.yaml") as partial:

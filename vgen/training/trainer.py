@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -35,7 +35,7 @@ from vgen.training.card import model_card
 from vgen.training.config import TrainingConfig
 from vgen.training.curves import plot_curves
 from vgen.training.optimizers import build_optimizers
-from vgen.training.precision import autocast_type
+from vgen.training.precision import autocast_type, usual_device
 from vgen.types import CheckpointError, SettingError
 
 
@@ -139,7 +139,7 @@ class Trainer:
         unused = DistributedDataParallelKwargs(find_unused_parameters=config.kind == "tokenizer")
         self.accelerator = Accelerator(
             kwargs_handlers=[unused],
-            mixed_precision=autocast_type(config.precision, PartialState().device),
+            mixed_precision=autocast_type(config.precision, usual_device()),
             gradient_accumulation_steps=config.accumulation,
             log_with="tensorboard",
             project_dir=out,

@@ -327,7 +327,9 @@ def test_other_lossless_files_are_as_good_as_png(tmp_path: Path, kind: str) -> N
 
 
 def samples(folder: Path, seed: int = 0, sheet: int = 0, **settings: Any) -> Path:
-    sample_to_files(tiny_pipeline(), plan([2, 0], 2, seed), folder, settings=settings, sheet_columns=sheet)
+    sample_to_files(
+        tiny_pipeline(), plan([2, 0], 2, seed), folder, settings=settings, sheet_columns=sheet, overwrite=True
+    )
     return folder
 
 

@@ -201,6 +201,7 @@ def killed(work: Callable[[], Any], after: float, number: int = signal.SIGKILL) 
     """Run `work` in a process of its own and send it a signal after so many seconds; its status."""
     child = os.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 2)
         try:

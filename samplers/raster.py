@@ -117,7 +117,6 @@ class Run:
 
     def read(self, state: Tensor, positions: Tensor, places: object) -> Tensor:
         """Tokens (B, n) that follow positions (B, n), on the CPU."""
-        self._draw_noise(int(positions.max()) + 1)
         settings = self.settings
         logits = self.generator.read(state, places, self.cache)
         if self.streams == 2:
@@ -130,10 +129,11 @@ class Run:
 
     def change(self, state: Tensor, before: Tensor) -> Tensor:
         """Relative change of states (streams B, n, D), the greatest over the streams: (B, n), on the CPU."""
-        wide = torch.promote_types(state.dtype, torch.float32)
-        size = state.to(wide).norm(dim=-1).clamp_min(torch.finfo(wide).tiny)
-        moved = (state.to(wide) - before.to(wide)).norm(dim=-1) / size
-        return moved.unflatten(0, (self.streams, self.batch)).amax(0).cpu()
+        return relative_change(state, before).unflatten(0, (self.streams, self.batch)).amax(0).cpu()
+
+    def for_states(self, values: Tensor) -> Tensor:
+        """Values (B, n) of tokens, to be combined with states: (streams B, n, 1)."""
+        return values.repeat(self.streams, 1)[..., None].to(self.device)
 
     def _rows(self, values: Tensor, positions: Tensor) -> Tensor:
         """Values (B, P, ...) at positions (B, n)."""
@@ -190,7 +190,7 @@ def raster(run: Run) -> Iterator[Step]:
             depths[:, position : position + 1] += ~resting
             if threshold:
                 rests = run.change(refined, state) < threshold
-                refined = torch.where(_like(resting, refined, run.streams), state, refined)
+                refined = torch.where(run.for_states(resting), state, refined)
                 resting = resting | rests
             state = refined
             if bool(resting.all()):
@@ -204,6 +204,8 @@ def raster(run: Run) -> Iterator[Step]:
         yield run.step(position, run.positions, tokens, known, depths)
 
 
-def _like(rows: Tensor, states: Tensor, streams: int) -> Tensor:
-    """Flags (B, n) for states (streams B, n, D)."""
-    return rows.repeat(streams, 1)[..., None].to(states.device)
+def relative_change(state: Tensor, before: Tensor) -> Tensor:
+    """How much states (B, n, D) differ from earlier ones, by their length: (B, n), float32 or wider."""
+    wide = torch.promote_types(state.dtype, torch.float32)
+    size = state.to(wide).norm(dim=-1).clamp_min(torch.finfo(wide).tiny)
+    return (state.to(wide) - before.to(wide)).norm(dim=-1) / size

@@ -186,7 +186,7 @@ def wave_df(run: Run, inner: int, most: int, headway: int) -> Iterator[Step]:
         places = run.cache.places(positions, real)
         kept = memory.where(run, positions, real)
         depths, count = front.depths.gather(1, positions).where(real, 0), int(real.sum())
-        new = (depths == 0).repeat(run.streams, 1)[..., None].to(run.device)
+        new = run.for_states(depths == 0)
         made = run.embed(front.inputs.gather(1, positions), positions, places)
         embedded = torch.where(new, made, torch.lerp(made, memory.embedded[kept], settings.momentum))
         before = state = torch.where(new, run.begin(positions), memory.states[kept])
@@ -212,12 +212,9 @@ def wave_df(run: Run, inner: int, most: int, headway: int) -> Iterator[Step]:
 def _mix(run: Run, state: Tensor, positions: Tensor, depths: Tensor, index: int) -> Tensor:
     """States with a share of new noise, which falls with the recurrences that they have had."""
     first = NOISE_KEY + index * run.positions
-    columns = torch.arange(run.positions)
-    needed = sorted(set(positions.flatten().tolist()))
     noise = state.new_zeros(run.batch, run.positions, state.shape[2])
-    for position in columns[needed].tolist():
+    for position in sorted(set(positions.flatten().tolist())):
         uniform = -torch.expm1(-run.rng.exponential(state.shape[2:], key=first + position))
         noise[:, position] = run.generator.scaled_state(uniform)
     chosen = noise[run.rows.to(noise.device), positions.to(noise.device)].repeat(run.streams, 1, 1)
-    share = (run.settings.state_noise / (1 + depths)).repeat(run.streams, 1)[..., None].to(state)
-    return torch.lerp(state, chosen, share)
+    return torch.lerp(state, chosen, run.for_states(run.settings.state_noise / (1 + depths)).to(state))

@@ -94,21 +94,16 @@ class Ledger:
         """Append lines of finished items, whole and on the disk when this returns."""
         self.begin()
         added = list(lines)
-        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in added)
         with self.path.open("a") as file:
-            file.write(text)
+            file.write(_text(added))
             file.flush()
             os.fsync(file.fileno())
         self.lines |= {line["index"]: line for line in added}
 
-    @property
-    def complete(self) -> bool:
-        """Whether every item of the run is there, whoever made it."""
-        return len({line["index"] for line in read_all(self.folder)}) == self.facts["items"]
-
     def join(self) -> None:
-        """One manifest in order in place of all shards'; for a complete run."""
-        join_manifests(self.folder)
+        """One manifest, in order, in place of all that the folder has; for a complete run."""
+        found = {line["index"]: line for line in read_all(self.folder)}
+        write_manifest(self.folder, [found[index] for index in sorted(found)])
 
 
 def check_same(folder: Path, facts: dict[str, Any]) -> None:
@@ -185,14 +180,17 @@ def _parse(raw: bytes) -> Line | None:
     return line
 
 
-def join_manifests(folder: Path) -> None:
-    """One manifest, in order, in place of all that a folder has."""
-    found = {line["index"]: line for line in read_all(folder)}
+def write_manifest(folder: Path, lines: Iterable[Line]) -> None:
+    """A folder's one manifest, in place of all that it has."""
     with atomic_file(folder / MANIFEST) as partial:
-        partial.write_text("".join(json.dumps(found[i], sort_keys=True) + "\n" for i in sorted(found)))
+        partial.write_text(_text(lines))
     for path in manifests(folder):
         if path.name != MANIFEST:
             path.unlink(missing_ok=True)
+
+
+def _text(lines: Iterable[Line]) -> str:
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
 
 
 def forget(folder: Path) -> None:

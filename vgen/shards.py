@@ -1,6 +1,5 @@
 """Parts of a run put together: checked for what is missing, twice there or damaged, and written as one run's files."""
 
-import json
 import os
 import shutil
 import tarfile
@@ -15,15 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vgen.files import atomic_file, sha256
-from vgen.ledger import (
-    MANIFEST,
-    RUN_FILE,
-    Line,
-    check_same,
-    manifests,
-    read_facts,
-    read_manifest,
-)
+from vgen.ledger import RUN_FILE, Line, check_same, manifests, read_facts, read_manifest, write_manifest
 from vgen.outputs import end_archive, pixel_hash, write_npz
 from vgen.progress import progress
 from vgen.types import SettingError
@@ -246,8 +237,4 @@ def _write_records(parts: Sequence[Part], folders: Sequence[Path], target: Path)
             before[shard] = stop
             line["tar_end"] = end
         lines.append(line)
-    with atomic_file(target / MANIFEST) as partial:
-        partial.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
-    for path in manifests(target):
-        if path.name != MANIFEST:
-            path.unlink()
+    write_manifest(target, lines)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vgen.generators.recurrent import RecurrentTransformer
 from vgen.pipelines.raster import RasterPipeline
+from vgen.samplers.raster import relative_change
 from vgen.tokenizers.vqgan import VQGAN
 from vgen.training.config import TrainingConfig, read_part
 from vgen.training.generators import GeneratorTask
@@ -164,11 +165,6 @@ class RecurrentTask(GeneratorTask):
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Of every token (B, N)."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-
-
-def relative_change(state: Tensor, before: Tensor) -> Tensor:
-    """Of states (B, n, D): (B, n)."""
-    return (state.float() - before.float()).norm(dim=-1) / state.float().norm(dim=-1).clamp_min(1e-9)
 
 
 def likeness(state: Tensor) -> Tensor:

@@ -210,6 +210,13 @@ class Pipeline(DiffusionPipeline):
         labels = [class_labels] if isinstance(class_labels, (int, str)) else class_labels
         return [self._label_id(label) for label in labels]
 
+    def row_labels(self, class_labels: Labels, rows: int) -> Tensor:
+        """Class ids (B,) for so many rows of tokens. Raises SettingError where there is not one for each."""
+        labels = self.label_tensor(self.label_ids(class_labels), rows)
+        if len(labels) != rows:
+            raise SettingError(f"{len(labels)} class labels for {rows} rows of tokens: give one per row")
+        return labels
+
     def label_tensor(self, ids: list[int] | None, batch: int) -> Tensor:
         """Class ids (B,) on the pipeline's device, the null class for None."""
         return torch.tensor([self.null_class] * batch if ids is None else ids, device=self.device)
@@ -327,6 +334,14 @@ def build_settings(
             if isinstance(low, int) and not isinstance(value, int):
                 raise SettingError(f"{name} is {value!r}: it must be a whole number")
     return kind(**given)
+
+
+def check_readers(chosen: Any, sampler: str, readers: Mapping[str, Sequence[str]]) -> None:
+    """Raise SettingError where a setting is not its default and `sampler` is none of those that read it."""
+    defaults = {item.name: item.default for item in dataclasses.fields(chosen)}
+    for name, samplers in readers.items():
+        if sampler not in samplers and getattr(chosen, name) != defaults[name]:
+            raise SettingError(f"{name} is of no effect with sampler {sampler!r}: it is read by {', '.join(samplers)}")
 
 
 def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.pipelines.base import Labels, build_settings
+from vgen.pipelines.base import Labels, build_settings, check_readers
 from vgen.pipelines.grid import CodePipeline, check_recap
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
 from vgen.samplers.logits import share_guidance
@@ -136,9 +136,7 @@ class MaskedPipeline(CodePipeline):
         }
         chosen = build_settings(MaskedSettings, defaults | settings, bounds, choices)
         self._check_steps(chosen, name)
-        for key, readers in READERS.items():
-            if name not in readers and getattr(chosen, key) != MaskedSettings.__dataclass_fields__[key].default:
-                raise SettingError(f"{key} is of no effect with sampler {name!r}: it is read by {', '.join(readers)}")
+        check_readers(chosen, name, READERS)
         return chosen
 
     def _check_steps(self, chosen: MaskedSettings, name: str) -> None:
@@ -157,8 +155,4 @@ class MaskedPipeline(CodePipeline):
     @torch.no_grad()
     def logits(self, tokens: Tensor, class_labels: Labels = None) -> Tensor:
         """Logits (B, N, V) float32 at every position of tokens (B, N), any of which may be masked."""
-        ids = self.label_ids(class_labels)
-        labels = self.label_tensor(ids, len(tokens))
-        if len(labels) != len(tokens):
-            raise SettingError(f"{len(labels)} class labels for {len(tokens)} rows of tokens: give one per row")
-        return self.generator(tokens.to(self.device), labels)
+        return self.generator(tokens.to(self.device), self.row_labels(class_labels, len(tokens)))

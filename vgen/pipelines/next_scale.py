@@ -113,12 +113,7 @@ class NextScalePipeline(Pipeline):
     def logits(self, tokens: Sequence[Tensor], class_labels: Labels = None) -> Tensor:
         """Teacher-forced logits (B, L, V) float32 of all scales one after another; tokens as `encode` gives them."""
         self.check_tokenizer()
-        ids = self.label_ids(class_labels)
-        batch = len(tokens[0])
-        labels = self.label_tensor(ids, batch)
-        if len(labels) != batch:
-            raise SettingError(f"{len(labels)} class labels for {batch} rows of tokens: give one per row")
-        return self.generator(self.tokenizer.context(tokens), labels)
+        return self.generator(self.tokenizer.context(tokens), self.row_labels(class_labels, len(tokens[0])))
 
 
 def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettings:

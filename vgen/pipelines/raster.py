@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.pipelines.base import Labels, build_settings
+from vgen.pipelines.base import Labels, build_settings, check_readers
 from vgen.pipelines.grid import CodePipeline
 from vgen.samplers.raster import RasterSettings, Run, raster
 from vgen.samplers.wavefront import wave_df, wave_exact
@@ -132,10 +132,7 @@ class RasterPipeline(CodePipeline):
         }
         choices = {"guidance_schedule": ("linear", "constant"), "freeze_rule": FREEZE_RULES}
         chosen = build_settings(RasterSettings, defaults | settings, bounds, choices)
-        fields = RasterSettings.__dataclass_fields__
-        for key, readers in READERS.items():
-            if name not in readers and getattr(chosen, key) != fields[key].default:
-                raise SettingError(f"{key} is of no effect with sampler {name!r}: it is read by {', '.join(readers)}")
+        check_readers(chosen, name, READERS)
         self._check_passes(chosen, name)
         return chosen
 
@@ -182,10 +179,6 @@ class RasterPipeline(CodePipeline):
 
         Of a model of words, those of the tokens after each.
         """
-        ids = self.label_ids(class_labels)
-        labels = self.label_tensor(ids, len(tokens))
-        if len(labels) != len(tokens):
-            raise SettingError(f"{len(labels)} class labels for {len(tokens)} rows of tokens: give one per row")
-        inputs = self.generator.inputs(tokens.to(self.device), labels)
+        inputs = self.generator.inputs(tokens.to(self.device), self.row_labels(class_labels, len(tokens)))
         state = self.generator.scaled_state(torch.full((*inputs.shape, self.generator.config["width"]), 0.5))
         return self.generator(inputs, state, recurrences).logits

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -84,6 +85,10 @@ class GeneratorTask(ABC):
     def pipeline(self) -> Any:
         """The pipeline of tokenizer and model."""
 
+    def finished_pipeline(self) -> Any:
+        """The pipeline that a run ends with."""
+        return self.pipeline()
+
     # ---- what the trainer asks for
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,7 @@ class GeneratorTask(ABC):
     def export(self, folder: Path, card: str) -> None:
         torch.nn.Module.half(self.model)
         torch.nn.Module.half(self.tokenizer)
-        self.pipeline().save_pretrained(folder)
+        self.finished_pipeline().save_pretrained(folder)
         self.model.float()
         self.tokenizer.float()
         tokenizer_card = self.tokenizer_folder / "README.md"
@@ -178,6 +183,11 @@ class GeneratorTask(ABC):
                         stored[first : first + len(tokens)] = tokens.cpu().numpy()
                         shown.advance(len(tokens))
         self.tokenizer.to("cpu")
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of every token (B, N)."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 def token_folder(config: TrainingConfig) -> Path:

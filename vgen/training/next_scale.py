@@ -11,7 +11,7 @@ from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
-from vgen.training.generators import GeneratorTask
+from vgen.training.generators import GeneratorTask, cross_entropy
 
 
 class NextScaleTask(GeneratorTask):
@@ -41,7 +41,7 @@ class NextScaleTask(GeneratorTask):
     def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every token (B, L)."""
         logits = self.model(self._context(tokens), labels)
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        return cross_entropy(logits, tokens)
 
     def pipeline(self) -> NextScalePipeline:
         return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))

@@ -18,7 +18,7 @@ from vgen.pipelines.raster import RasterPipeline
 from vgen.samplers.raster import relative_change
 from vgen.tokenizers.vqgan import VQGAN
 from vgen.training.config import TrainingConfig, read_part
-from vgen.training.generators import GeneratorTask
+from vgen.training.generators import GeneratorTask, cross_entropy
 from vgen.types import SettingError
 
 DEPTH_SIGMA = 0.5  # of the logarithm of the mean number of recurrences
@@ -150,21 +150,15 @@ class RecurrentTask(GeneratorTask):
     # ---- the finished model
 
     def pipeline(self) -> RasterPipeline:
+        """Without its gates: that a loop does not rest yet is no news in training."""
+        return self._pipeline({})
+
+    def finished_pipeline(self) -> RasterPipeline:
+        return self._pipeline(self.gates)
+
+    def _pipeline(self, gates: dict[str, float]) -> RasterPipeline:
         names, settings = dict(enumerate(self.class_names)), self.config.sample_settings
-        return RasterPipeline(self.tokenizer, self.model, id2label=names, settings=settings, gates=self.gates)
-
-    def picture(self) -> Any:
-        """As every family's; a model whose loop does not rest yet is no news in training."""
-        gates, self.gates = self.gates, {}
-        try:
-            return super().picture()
-        finally:
-            self.gates = gates
-
-
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of every token (B, N)."""
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        return RasterPipeline(self.tokenizer, self.model, id2label=names, settings=settings, gates=gates)
 
 
 def likeness(state: Tensor) -> Tensor:

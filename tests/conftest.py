@@ -7,6 +7,7 @@ import tiny
 import tiny_models
 import torch
 
+from vgen import cli
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
@@ -36,3 +37,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.tiny_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiny.Run:
+    """Run a command in an empty folder; gives its exit code and what it printed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def command(*arguments: object) -> tiny.Result:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return tiny.Result(code, *capsys.readouterr())
+
+    return command

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from tiny import (
     GENERATOR,
     TOKENIZER,
     WEIGHTS,
+    Result,
+    Run,
     generator_config,
     published_files,
     python,
@@ -30,7 +32,6 @@ from tiny import (
 )
 
 import vgen
-from vgen import cli
 from vgen.media import read_request
 from vgen.types import Request, SettingError
 
@@ -45,29 +46,6 @@ def pth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def model(saved: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return shutil.copytree(saved, tmp_path / "model")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run a command in an empty folder; gives its exit code and what it printed."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def command(*arguments: object) -> Result:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return command
-
-
-Run = Callable[..., Result]
 
 
 def refused(result: Result, code: int, *says: str) -> None:

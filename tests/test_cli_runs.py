@@ -2,42 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tiny import python
+from tiny import Result, Run, python
 
-from vgen import cli
 from vgen.ledger import MANIFEST, RUN_FILE
 
 FLAGS = ("--classes", "0,2", "--per-class", "3", "--seed", "7")
 NAMES = [f"{i:06}_c{0 if i < 3 else 2:04}_s{7 + i}.png" for i in range(6)]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in an empty folder; gives its exit code and what it printed."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def command(*arguments: object) -> Result:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return command
 
 
 def content(folder: Path) -> dict[str, bytes]:

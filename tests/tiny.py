@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,17 @@ def pattern(label: int, jitter: int, side: int) -> np.ndarray:
     top = (label * bar) % (side - bar + 1)
     picture[top : top + bar, jitter % 2 :] = 220
     return picture
+
+
+class Result(NamedTuple):
+    """What a command of the command line gave (conftest's `run`)."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
 
 
 def write_mnist(root: Path, name: str = "FashionMNIST", train: int = 64, test: int = 16, classes: int = 10) -> Path:

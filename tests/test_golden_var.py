@@ -46,6 +46,20 @@ def assert_near(ours: Tensor, published: Tensor) -> None:
     torch.testing.assert_close(ours, published, rtol=0, atol=1e-4)
 
 
+def converted_for(draw: str, name: str) -> NextScalePipeline:
+    """The golden model; in double for "smooth".
+
+    Its mixture of codes has a temperature of 0.0135 at the last scale, which multiplies the rounding of logits by 148:
+    from one processor to another float32 moves pixels by up to 2e-4, whoever computes it. In double only the figures'
+    own rounding is left, 6.4e-5.
+    """
+    pipeline = vgen.convert("var", transformer=state(name), tokenizer=state("tokenizer"))
+    if draw == "smooth":
+        pipeline.generator.double()
+        pipeline.tokenizer.double()
+    return pipeline
+
+
 def last_image(pipeline: NextScalePipeline, **settings: Any) -> Tensor:
     """The finished images in [0, 1], before they are rounded to 8 bits."""
     *_, step = pipeline.stream(LABELS, generator=torch.Generator().manual_seed(3), **settings)
@@ -76,15 +90,15 @@ GOLDEN_IMAGES = [key.split(".") for key in FIGURES if key.split(".")[-1] in SETT
 
 @pytest.mark.parametrize(("name", "draw"), GOLDEN_IMAGES)
 def test_sampling_with_one_generator_gives_the_published_images(name: str, draw: str) -> None:
-    pipeline = vgen.convert("var", transformer=state(name), tokenizer=state("tokenizer"))
-    assert_near(last_image(pipeline, **SETTINGS[draw]), FIGURES[f"{name}.{draw}"])
+    image = last_image(converted_for(draw, name), **SETTINGS[draw])
+    assert_near(image.float(), FIGURES[f"{name}.{draw}"])
 
 
 @pytest.mark.parametrize("draw", SETTINGS)
-def test_tensor_output_is_the_published_image_too(pipeline: NextScalePipeline, draw: str) -> None:
+def test_tensor_output_is_the_published_image_too(draw: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    images = pipeline(LABELS, generator=generator, output_type="pt", **SETTINGS[draw]).images
-    assert_near(images, FIGURES[f"var.{draw}"])
+    images = converted_for(draw, "var")(LABELS, generator=generator, output_type="pt", **SETTINGS[draw]).images
+    assert_near(images.float(), FIGURES[f"var.{draw}"])
 
 
 def test_the_settings_are_told_apart(pipeline: NextScalePipeline) -> None:

@@ -50,6 +50,7 @@ class MaskedPipeline(CodePipeline):
     """
 
     samplers = ("maskgit", "halton", "random", "first-hitting", "ancestral", "ancestral-categorical")
+    readers = READERS
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:

@@ -52,6 +52,7 @@ class RasterPipeline(CodePipeline):
     """
 
     samplers = ("wave-exact", "raster", "wave-df", "jacobi", "zipar")
+    readers = READERS
 
     def __init__(
         self,

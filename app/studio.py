@@ -1,0 +1,176 @@
+"""`vgen studio`: the page, its named endpoints, and the server around them."""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+from PIL import Image
+
+from vgen import __version__
+from vgen.app.core import Studio, new_token
+from vgen.app.forms import Ask
+from vgen.app.generate import GenerateTab
+from vgen.app.parts import PRIVATE, QUICK, WATCHING, describe_job, friendly, owner_of, run_of, watch
+from vgen.types import SettingError
+
+HERE = Path(__file__).parent
+MAX_FILE = "20mb"
+MAX_PIXELS = 50_000_000  # of a picture that is handed in; Pillow refuses twice as many
+MAX_QUEUE = 64
+CACHE = (3600, 24 * 3600)  # seconds: how often Gradio's copies are looked through, and how old they become
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "Consolas", "monospace"]
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page: all tabs and all endpoints."""
+    secret = _secret(studio.folder)
+    with gr.Blocks(title="vgen studio", delete_cache=CACHE, analytics_enabled=False) as page:
+        visitor = gr.BrowserState(None, storage_key="vgen-visitor", secret=secret)
+        current = gr.BrowserState(None, storage_key="vgen-run", secret=secret)
+        gr.HTML(_header(), elem_id="header")
+        with gr.Tabs(elem_id="tabs"), gr.Tab("Generate", id="generate"):
+            generate = GenerateTab(studio, visitor, current)
+        generate.wire(page)
+        entered = page.load(_enter, [visitor], [visitor], **QUICK)
+        entered.then(generate.follow, [visitor, current], generate.shown, **WATCHING)
+        _endpoints(studio)
+    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
+    return page
+
+
+def launch(studio: Studio, page: gr.Blocks, **options: Any) -> Any:
+    """Serve the page: Gradio's `launch` with our style, bounds and paths. `options` go on top."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    chosen: dict[str, Any] = {
+        "server_name": "127.0.0.1",
+        "share": False,
+        "show_error": True,
+        "allowed_paths": [str(studio.folder)],
+        "blocked_paths": [str(studio.folder / "index.sqlite")],
+        "max_file_size": MAX_FILE,
+        "enable_monitoring": False,
+        "run_history": False,
+        "ssr_mode": False,
+        "footer_links": ["api", "settings"],
+        "state_session_capacity": 1000,
+        "theme": gr.themes.Default(font=FONTS, font_mono=MONO),
+        "css_paths": HERE / "page.css",
+        "js": (HERE / "page.js").read_text(),
+        "quiet": True,
+    }
+    return page.launch(**chosen | options)
+
+
+def _header() -> str:
+    return (
+        '<header class="vgen-header"><h1>vgen studio</h1><span>visual autoregressive generation, step by step</span>'
+        '<button type="button" id="theme" class="vgen-link" aria-label="Switch between light and dark">Dark / light'
+        '</button><button type="button" id="keys" class="vgen-link">Keys</button>'
+        f"<span class='vgen-version'>{__version__}</span></header>"
+        '<dialog id="keys-list" aria-label="Keyboard"><p><kbd>Ctrl</kbd>+<kbd>Enter</kbd> generate</p>'
+        "<p><kbd>Esc</kbd> stop</p><p><kbd>R</kbd> stop and re-roll</p>"
+        "<p><kbd>&larr;</kbd> <kbd>&rarr;</kbd> scrub through the steps</p><p><kbd>?</kbd> this list</p></dialog>"
+    )
+
+
+def _enter(visitor: Any) -> str:
+    """The secret that a browser keeps, made at its first visit."""
+    return visitor if isinstance(visitor, str) and len(visitor) >= 16 else new_token()
+
+
+def _secret(folder: Path) -> str:
+    """What the browser's state is encrypted with: the same after a restart, readable by this user alone."""
+    path = folder / ".secret"
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(12)[:16])
+    except FileExistsError:
+        pass
+    return path.read_text()
+
+
+def _endpoints(studio: Studio) -> None:
+    """What `gradio_client`, curl and MCP call by name; everything else of the page is private."""
+
+    async def generate(
+        model: str,
+        classes: list | None,
+        per_class: float,
+        seed: float,
+        sampler: str | None,
+        settings: dict | None,
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[list[str] | None, Any, str]]:
+        """Sample images or videos from a model: the files made, the request that repeats them, and a status line.
+
+        Args:
+            model: a name that `models` lists.
+            classes: names or ids; null for every class, [] for none.
+            per_class: images of each class.
+            seed: of the first image; image i has seed + i.
+            sampler: one that `models` lists for the model; null for its first.
+            settings: of the sampler by name, such as {"guidance_scale": 3}.
+        """
+        owner = owner_of(None, request)
+        ask = Ask(
+            model=str(model),
+            classes=classes,
+            per_class=per_class,  # type: ignore[arg-type]  # checked there
+            seed=seed,  # type: ignore[arg-type]
+            sampler=sampler or None,
+            settings=settings or {},
+        )
+        job = await asyncio.to_thread(studio.sample, owner, ask)
+        try:
+            async for last in watch(job):
+                run = run_of(job)
+                text, _ = describe_job(studio, job, run)
+                if job.state == "failed":
+                    raise SettingError(job.error or "failed")
+                files = [str(path) for path in run.files] if last and run is not None else None
+                told = None if run is None or run.request is None else run.request.to_json()
+                yield files, told, text
+        finally:  # a client that goes away or cancels ends its run
+            studio.jobs.forget(job)
+
+    def models() -> list[dict[str, Any]]:
+        """The models here: name, samplers, class names, whether it makes videos, and its size."""
+        return [_summary(studio, name) for name in studio.models.names()]
+
+    with gr.Row(visible=False):
+        given = [
+            gr.Textbox(label="model"),
+            gr.JSON(label="classes"),
+            gr.Number(label="per_class", value=1),
+            gr.Number(label="seed", value=0),
+            gr.Textbox(label="sampler"),
+            gr.JSON(label="settings"),
+        ]
+        made = [gr.File(label="files", file_count="multiple"), gr.Textbox(label="request"), gr.Textbox(label="status")]
+        button = gr.Button()
+        button.click(friendly(generate), given, made, api_name="generate", concurrency_limit=None)
+        listed = gr.JSON(label="models")
+        button.click(friendly(models), None, [listed], api_name="models")
+
+
+def _summary(studio: Studio, name: str) -> dict[str, Any]:
+    told = studio.models.describe(name)
+    pipeline = studio.models.get(name)
+    return {
+        "name": name,
+        "samplers": list(pipeline.samplers),
+        "classes": told["classes"],
+        "videos": pipeline.makes_videos,
+        "parameters": told["parameters"],
+        "checkpoint": told["checkpoint"],
+    }
+
+
+__all__ = ["PRIVATE", "build", "launch"]

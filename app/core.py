@@ -159,7 +159,8 @@ class Studio:
     def _draw_thumbnails(self, pipeline: Any, paths: list[Path]) -> Iterator[None]:
         labels = list(range(len(paths)))
         with closing(pipeline.stream(labels, seeds=[0] * len(labels))) as steps:
-            for last in steps:
+            for step in steps:
+                last = step
                 yield
         for image, path in zip(to_pil(pipeline.decode(last)), paths, strict=True):
             side = max(1, THUMBNAIL // image.width)

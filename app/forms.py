@@ -141,9 +141,9 @@ def _per_class(request: Request) -> tuple[list[int] | None, int] | None:
     labels = None if request.class_labels is None else list(dict.fromkeys(request.class_labels))
     number = len(request.seeds) // (1 if labels is None else len(labels))
     items = batch.plan(labels, max(1, number), request.seeds[0])
-    planned = [item.seed for item in items], [item.class_label for item in items]
-    asked = request.seeds, request.class_labels or [None] * len(request.seeds)
-    return (labels, number) if planned == (list(asked[0]), list(asked[1])) else None
+    planned = [(item.seed, item.class_label) for item in items]
+    asked = list(zip(request.seeds, request.class_labels or [None] * len(request.seeds), strict=True))  # type: ignore
+    return (labels, number) if planned == asked else None
 
 
 def _command(pipeline: Any, request: Request, differing: dict[str, Any]) -> str:

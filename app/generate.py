@@ -80,7 +80,7 @@ class GenerateTab:
         self.model = gr.Dropdown(names, value=first, label="Model", elem_id="model")
         self.classes = gr.Dropdown(
             _choices(pipeline),
-            value=_choices(pipeline)[:1] and [0],
+            value=[0] if pipeline.null_class else [],
             multiselect=True,
             label="Classes",
             info="Type to search; none is unconditional.",

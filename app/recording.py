@@ -1,4 +1,4 @@
-"""A run's steps, kept so that any of them can be looked at again: what previews, the scrubber and the inspector show."""
+"""A run's steps, kept so that previews, the scrubber and the inspector can look at any of them again."""
 
 import dataclasses
 import io

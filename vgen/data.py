@@ -105,8 +105,8 @@ class FolderSource:
         left, top = (width - self.size) // 2, (height - self.size) // 2
         if crop_seed is not None:
             rng = np.random.default_rng([crop_seed, index])
-            left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
-        image = image.crop((int(left), int(top), int(left) + self.size, int(top) + self.size))
+            left, top = int(rng.integers(width - self.size + 1)), int(rng.integers(height - self.size + 1))
+        image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
 

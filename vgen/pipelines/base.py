@@ -37,7 +37,7 @@ class Pipeline(DiffusionPipeline):
 
     _optional_components = ["tokenizer"]  # noqa: RUF012
     samplers: tuple[str, ...]  # the default first
-    readers: Mapping[str, Sequence[str]] = {}  # noqa: RUF012  # samplers that read a setting, where not all do
+    readers: Mapping[str, Sequence[str]] = {}  # samplers that read a setting, where not all do
     makes_videos: bool = False  # whether a call gives `frames` instead of `images`
     source: str = ""  # the name this pipeline was loaded by
     folder: Path | None = None  # where it was loaded from

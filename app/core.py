@@ -7,7 +7,7 @@ import errno
 import hashlib
 import logging
 import re
-import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from vgen import batch
 from vgen.app.forms import Ask, to_request
 from vgen.app.jobs import Job, Jobs
 from vgen.app.library import Library
-from vgen.app.recording import Recording
+from vgen.app.recording import Recording, Show
 from vgen.app.shelf import Models
 from vgen.media import save_png, to_pil
 from vgen.memory import is_out_of_memory
-from vgen.types import CheckpointError, Request, SettingError
+from vgen.pipelines.base import GIVEN
+from vgen.types import CheckpointError, Request, SettingError, Step
 from vgen.videos import save_video
 
 log = logging.getLogger(__name__)
@@ -86,8 +88,11 @@ class Studio:
         """What an Ask means, the model being loaded for it. Raises SettingError."""
         return to_request(self.models.get(ask.model), ask, context)
 
-    def sample(self, owner: str, ask: Ask, context: np.ndarray | None = None) -> Job:
-        """Queue a run of samples. What is wrong shows at once where the model is in memory, otherwise when it runs."""
+    def sample(self, owner: str, ask: Ask, context: np.ndarray | None = None, lease: float | None = None) -> Job:
+        """Queue a run of samples, with a lease one that goes on only while it is watched (see jobs.Job).
+
+        What is wrong shows at once where the model is in memory, otherwise when it runs.
+        """
         request = self.request(ask, context) if ask.model in self.models.loaded() else None
         run = Run(title=ask.model)
 
@@ -95,18 +100,30 @@ class Studio:
             run.request = request or self.request(ask, context)
             yield from self.carry_out(job, run, context)
 
-        job = self.jobs.submit(owner, "sample", run.title, work)
+        job = self.jobs.submit(owner, "sample", run.title, work, lease)
         job.view = run
         return job
 
-    def carry_out(self, job: Job, run: Run, context: np.ndarray | None = None) -> Iterator[None]:
-        """Sample a request step by step, then write its files; the pipeline's iterator is closed however this ends."""
+    def carry_out(
+        self,
+        job: Job,
+        run: Run,
+        context: np.ndarray | None = None,
+        begin: Callable[[Any, Request], Iterator[Step]] | None = None,
+        show: Show | None = None,
+    ) -> Iterator[None]:
+        """Sample a request step by step, then write its files; the pipeline's iterator is closed however this ends.
+
+        Args:
+            begin: gives the steps of a run that its request alone does not describe, such as an edit.
+            show: what such a step looks like; the pipeline's `decode` for None.
+        """
         request = run.request
         assert request is not None
         pipeline = self.models.get(request.model)
-        run.recording = Recording(pipeline, request)
+        run.recording = Recording(pipeline, request, show)
         began = time.monotonic()
-        with closing(stream(pipeline, request, context)) as steps:
+        with closing(begin(pipeline, request) if begin else stream(pipeline, request, context)) as steps:  # type: ignore
             for step in steps:
                 run.recording.add(step)
                 job.show()
@@ -114,14 +131,20 @@ class Studio:
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize()
         run.seconds = time.monotonic() - began
-        self.pace[request.model, str(request.sampler)] = run.seconds / run.recording.rows
+        if begin is None and not set(GIVEN) & set(request.settings):  # what is given costs nothing
+            self.pace[request.model, str(request.sampler)] = run.seconds / run.recording.rows
         run.files = self.write(job.owner, job.id, run.recording)
         job.show()
 
-    def write(self, owner: str, name: str, recording: Recording) -> list[Path]:
-        """Write a finished run's files and enter them in the library."""
+    def run_folder(self, owner: str, name: str) -> Path:
+        """A folder for the files of a run that begins or ends now."""
+        return self.owner_folder(owner) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+    def write(self, owner: str, name: str, recording: Recording, folder: Path | None = None) -> list[Path]:
+        """Write a finished run's files, into a folder named after it unless one is given, and enter them in the
+        library."""
         pipeline, request = recording.pipeline, recording.request
-        folder = self.owner_folder(owner) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        folder = folder or self.run_folder(owner, name)
         pixels, files = recording.pixels(-1), []
         labels = request.class_labels or [None] * recording.rows  # type: ignore[list-item]
         for index, (label, seed) in enumerate(zip(labels, request.seeds, strict=True)):
@@ -170,7 +193,7 @@ class Studio:
         """Where an owner's files go. Owners are made by `owner_name`, so this is no path of anybody's choice."""
         if not re.fullmatch(r"[a-z]+-[0-9a-f]{16}", owner):
             raise ValueError(f"{owner!r} is no owner's name")
-        return self.folder / owner
+        return self.library.files / owner
 
     def estimate(self, ask: Ask, number: int) -> float | None:
         """Seconds that so many samples will take, from the last run of the kind; None before the first."""
@@ -196,21 +219,27 @@ def owner_name(user: str | None, token: str) -> str:
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def new_token() -> str:
-    return secrets.token_urlsafe(24)
-
-
 def explain(error: BaseException) -> str | None:
     """One line that says what, why and what to do, for errors that are the user's or the machine's; else None."""
     if isinstance(error, (SettingError, CheckpointError)):
         return " ".join(str(error).split())
     if is_out_of_memory(error):
         return "memory ran out: take fewer images at once, or unload models that are not needed"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _disk_is_full(error):
         return "the disk is full: what was being written is gone, the rest is whole; free space and repeat"
     if isinstance(error, OSError) and error.strerror:
         return f"a file could not be written or read: {error.strerror}"
     return None
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Libraries below Python have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    codes = [f"os error {code})" for code in (errno.ENOSPC, errno.EDQUOT)]
+    return (isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error)) or (
+        isinstance(error, SafetensorError) and any(code in str(error) for code in codes)
+    )
 
 
 def told(call: Callable[[], Any]) -> tuple[Any, str | None]:

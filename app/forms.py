@@ -11,6 +11,7 @@ from typing import Any
 
 from vgen import batch
 from vgen.evaluation.curves import parse_value
+from vgen.pipelines.base import EDIT, GIVEN
 from vgen.types import Request, SettingError
 
 MAX_IMAGES = 64
@@ -21,6 +22,7 @@ MAX_SEED = (1 << 63) - 1
 MAX_TEXT = 2000  # characters of settings
 NAMED = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "steps")  # have a control of their own
 VIDEO_NAMED = ("frames", "context_frames")
+ONLY_BY_HAND = "# an edit: its image and mask are not in its files; pipe.edit(image, mask, ...) repeats it with them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,20 @@ def to_request(pipeline: Any, ask: Ask, context: Any = None) -> Request:
     settings = dict(ask.settings)
     given = settings | ({} if context is None else {"context": context})
     sampler = pipeline.resolve_sampler(ask.sampler)
-    found = pipeline.resolve_settings(given, sampler)
+    check_bounds(pipeline, given, sampler)
+    items = batch.plan(labels, per_class, seed)
+    ids = None if labels is None else [item.class_label for item in items]
+    return pipeline.request(ids, [item.seed for item in items], sampler, given)
+
+
+def check_bounds(pipeline: Any, settings: Mapping[str, Any], sampler: str | None) -> None:
+    """Raise SettingError for settings that the model does not know or this studio does not do."""
+    plain = {name: value for name, value in settings.items() if name not in GIVEN}
+    found = pipeline.resolve_settings(plain, sampler)
     for name, limit in (("steps", MAX_STEPS), ("frames", MAX_FRAMES), ("recurrences", MAX_STEPS)):
         value = found.get(name)
         if isinstance(value, int) and value > limit:
             raise SettingError(f"{name} is {value}, the studio takes at most {limit}: use 'vgen sample' for more")
-    items = batch.plan(labels, per_class, seed)
-    ids = None if labels is None else [item.class_label for item in items]
-    return pipeline.request(ids, [item.seed for item in items], sampler, given)
 
 
 def _labels(pipeline: Any, classes: Sequence[str | int] | None) -> list[int] | None:
@@ -110,13 +118,13 @@ def other_settings(pipeline: Any, request: Request) -> str:
 
 
 def changed(pipeline: Any, request: Request) -> dict[str, Any]:
-    """Settings of a request that differ from the model's own."""
-    own = setting_names(pipeline, request.sampler)
+    """Settings of a request that differ from the model's own, and tokens that it was given."""
+    own: dict[str, Any] = setting_names(pipeline, request.sampler) | dict.fromkeys(GIVEN)
     return {name: value for name, value in request.settings.items() if name in own and value != own[name]}
 
 
 def _listed(name: str) -> bool:
-    return name not in (*NAMED, *VIDEO_NAMED, "context", "actions")
+    return name not in (*NAMED, *VIDEO_NAMED, *GIVEN, "context", "actions")
 
 
 def _plain(value: Any) -> str:
@@ -128,6 +136,8 @@ def _plain(value: Any) -> str:
 
 def copy_as(pipeline: Any, request: Request, url: str = "http://127.0.0.1:7860") -> dict[str, str]:
     """A request as a command line, as Python and as an HTTP call to this studio's API."""
+    if EDIT in request.settings:
+        return dict.fromkeys(("Command line", "Python", "curl"), ONLY_BY_HAND)
     differing = changed(pipeline, request)
     return {
         "Command line": _command(pipeline, request, differing),
@@ -148,7 +158,7 @@ def _per_class(request: Request) -> tuple[list[int] | None, int] | None:
 
 def _command(pipeline: Any, request: Request, differing: dict[str, Any]) -> str:
     found = _per_class(request)
-    if found is None:
+    if found is None or set(GIVEN) & set(differing):
         return "vgen sample --from FILE  # one of the files made"
     labels, number = found
     words = ["vgen", "sample", request.model]

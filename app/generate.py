@@ -44,6 +44,7 @@ from vgen.app.parts import (
 )
 from vgen.app.recording import export_gif
 from vgen.media import read_request
+from vgen.pipelines.base import EDIT
 from vgen.types import Request, SettingError
 from vgen.videos import read_video
 
@@ -51,6 +52,13 @@ RANDOM_SEEDS = 1 << 32
 MAX_CONTEXT = 64  # frames of a clip that is handed in
 EMPTY = "Nothing yet: press Generate, or Ctrl+Enter."
 COPIES = ("Command line", "Python", "curl")
+NOT_IN_FORM = {  # what a request may have and the form has no place for, and what to say of it
+    "context": "It went on from a clip that is not part of it: hand that in again.",
+    "actions": "",
+    "tokens": "It is a branch or had tokens locked, which this form leaves out: 'vgen sample --from' repeats it.",
+    "known": "",
+    EDIT: "It is an edit of an image that is not part of it: open the image in the Edit tab and paint again.",
+}
 PICKER_JS = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-class]');
@@ -243,6 +251,12 @@ class GenerateTab:
             self.context_frames,
         ]
 
+    @property
+    def filling(self) -> list[Any]:
+        """What `fill` gives new values to."""
+        chosen = [self.model, self.classes, self.per_class, self.seed, self.randomly, self.sampler]
+        return [self.restored, *chosen, *self.settings]
+
     def wire(self, page: gr.Blocks) -> None:
         who, now = self.visitor, self.current
         starting = [now, self.seed, self.status, self.go, self.stop]
@@ -272,11 +286,10 @@ class GenerateTab:
                 trigger_mode="always_last",
             )
         self.thumbnails.click(friendly(self.add_class), [self.model, self.classes], [self.classes], **QUICK)
-        filling = [self.model, self.classes, self.per_class, self.seed, self.randomly, self.sampler, *self.settings]
-        self.dropped.upload(self.restore, [self.dropped], [self.restored, *filling], **PRIVATE)
+        self.dropped.upload(self.restore, [self.dropped], self.filling, **PRIVATE)
         self.gif_button.click(self.make_gif, [who, now], [self.gif], **PRIVATE)
         page.load(self.draw_thumbnails, [self.model], [self.thumbnails], **PRIVATE)
-        page.load(self.restore_link, None, [self.restored, *filling], **PRIVATE)
+        page.load(self.restore_link, None, self.filling, **PRIVATE)
 
     # ---- running
 
@@ -464,7 +477,7 @@ class GenerateTab:
 
     def restore(self, path: str | None) -> list[Any]:
         """Fill the form from a file's request."""
-        return friendly(lambda: self._fill(read_request(Path(path or ""))))()
+        return friendly(lambda: self.fill(read_request(Path(path or ""))))()
 
     def restore_link(self, request: gr.Request) -> list[Any]:
         """Fill the form from a link that somebody shared; a broken one changes nothing."""
@@ -473,16 +486,19 @@ class GenerateTab:
         if not text:
             return nothing
         try:
-            return self._fill(Request.from_json(str(text)))
+            return self.fill(Request.from_json(str(text)))
         except ValueError as error:
             return [status_html(f"The link could not be read: {error}", "failed"), *nothing[1:]]
 
-    def _fill(self, request: Request) -> list[Any]:
+    def fill(self, request: Request) -> list[Any]:
+        """The form as a request has it, for `filling`. Raises SettingError for one that this model cannot take."""
         pipeline = self.studio.models.get(request.model)
         sampler = pipeline.resolve_sampler(request.sampler)
         own = setting_names(pipeline, sampler)
-        ignored = [name for name in request.settings if name not in own and name not in ("context", "actions")]
+        ignored = [name for name in request.settings if name not in own and name not in NOT_IN_FORM]
         ignored = [name for name in ignored if name not in pipeline.resolve_settings({}, sampler)]
+        given = {name: value for name, value in request.settings.items() if name in own}
+        pipeline.resolve_settings({name: given[name] for name in given if name not in ("context", "actions")}, sampler)
         labels = list(dict.fromkeys(request.class_labels or []))
         pipeline.label_ids(labels)
         per_class = max(1, len(request.seeds) // max(1, len(labels)))
@@ -544,12 +560,12 @@ def _restored_html(pipeline: Any, request: Request, ignored: Sequence[str]) -> s
     ):
         if then and then != now:
             differs.append(f"{what} {then} then, {now} now")
-    same = "Same model, version, precision and device: the same pixels." if not differs else ""
-    text = same or f"Pixels may differ: {'; '.join(differs)}."
+    missing = [words for name, words in NOT_IN_FORM.items() if name in request.settings and words]
+    same = "Same model, version, precision and device: the same pixels." if not differs and not missing else ""
+    text = same or (f"Pixels may differ: {'; '.join(differs)}." if differs else "")
     if ignored:
         text += f" Left out, unknown here: {', '.join(str(name)[:40] for name in list(ignored)[:8])}."
-    if "context" in request.settings:
-        text += " It went on from a clip that is not part of it: hand that in again."
+    text = " ".join([text, *missing]).strip()
     return status_html(text, "done" if same else "waiting")
 
 

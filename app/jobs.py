@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # jobs in the queue, of all owners
 MAX_WAITING_EACH = 16  # of one owner
-KEPT_EACH = 8  # finished jobs that an owner can go back to
+KEPT_EACH = 16  # finished jobs that an owner can go back to
 KEPT = 64  # of all owners
 MAX_OWNERS_SECONDS = 24 * 3600.0  # after which a finished job is forgotten
 ENDED = ("done", "stopped", "failed")
@@ -35,6 +35,9 @@ class Job:
     title: str
     work: Callable[["Job"], Iterator[None]]
     explain: Callable[[BaseException], str | None]
+    lease: float | None = None  # seconds without anybody watching after which it stops and is forgotten; None: never
+    seen: float = field(default_factory=time.monotonic)  # when somebody last watched
+    used: float = field(default_factory=time.monotonic)  # when somebody last asked for it
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     state: str = "queued"  # then "running", and one of ENDED
     error: str | None = None
@@ -49,6 +52,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was to run only while somebody watches, and nobody does."""
+        return self.lease is not None and time.monotonic() - self.seen > self.lease
 
     def show(self, view: Any = None) -> None:
         """Tell whoever watches that there is something new."""
@@ -70,6 +78,8 @@ class Job:
         try:
             with contextlib.closing(self.work(self)) as steps:  # type: ignore[type-var]
                 for _ in steps:
+                    if self.abandoned:
+                        self.stopping.set()
                     if self.stopping.is_set():
                         break
             state = "stopped" if self.stopping.is_set() else "done"
@@ -104,9 +114,19 @@ class Jobs:
         self._worker = threading.Thread(target=self._work, name="vgen-jobs", daemon=True)
         self._worker.start()
 
-    def submit(self, owner: str, kind: str, title: str, work: Callable[[Job], Iterator[None]]) -> Job:
-        """Put a job at the end of the queue. Raises SettingError where that is full."""
-        job = Job(owner, kind, title, work, self._explain)
+    def submit(
+        self,
+        owner: str,
+        kind: str,
+        title: str,
+        work: Callable[[Job], Iterator[None]],
+        lease: float | None = None,
+    ) -> Job:
+        """Put a job at the end of the queue; with a lease it is forgotten once it has ended, or nobody watches it.
+
+        Raises SettingError where the queue is full.
+        """
+        job = Job(owner, kind, title, work, self._explain, lease)
         with self._lock:
             if self._closed:
                 raise SettingError("the studio is shutting down: start it again")
@@ -124,7 +144,20 @@ class Jobs:
         """An owner's job by its id; None for anybody else's, and for one that is forgotten."""
         with self._lock:
             job = self._known.get(job_id or "")
-        return job if job is not None and job.owner == owner else None
+            if job is None or job.owner != owner:
+                return None
+            job.used = time.monotonic()
+            return job
+
+    def theirs(self, owner: str, *kinds: str) -> list[Job]:
+        """An owner's jobs of some kinds that are not forgotten, the oldest first."""
+        with self._lock:
+            return [job for job in self._known.values() if job.owner == owner and job.kind in kinds]
+
+    def latest(self, owner: str, kind: str) -> Job | None:
+        """An owner's newest job of a kind, for a page that was loaded anew."""
+        theirs = self.theirs(owner, kind)
+        return theirs[-1] if theirs else None
 
     def position(self, job: Job) -> int:
         """How many runs come before it: 0 for one that is running or has ended."""
@@ -181,11 +214,17 @@ class Jobs:
                 if self._closed:
                     return
                 self._running = job = self._waiting.pop(0)
-            job.run()
+            if job.abandoned:
+                job._become("stopped")
+            else:
+                job.run()
+            if job.lease is not None:
+                self.forget(job)
 
     def _forget_old(self) -> None:
-        """Drop finished jobs: the oldest of an owner who has many, of all where there are very many, and by age."""
-        finished = [job for job in self._known.values() if job.ended]
+        """Drop finished jobs: those not used for longest of an owner who has many, of all where there are very many,
+        and by age."""
+        finished = sorted((job for job in self._known.values() if job.ended), key=lambda job: job.used)
         old = [job for job in finished if time.time() - job.created > MAX_OWNERS_SECONDS]
         by_owner: dict[str, list[Job]] = {}
         for job in finished:

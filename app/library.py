@@ -48,7 +48,8 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = self.folder / "files"  # all that is served, to whoever knows its name: nothing else belongs here
+        self.files.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._database = sqlite3.connect(self.folder / "index.sqlite", check_same_thread=False)
         with self._writing() as database:

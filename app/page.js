@@ -33,9 +33,9 @@
     }
   });
   document.addEventListener("keydown", (event) => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); return press("go"); }
+    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); return ["go", "edit-go", "branch-go", "race-go", "grid-go"].forEach(press); }
     const typing = event.target instanceof Element && event.target.closest("input, textarea, select, [contenteditable], dialog");
-    if (event.key === "Escape" && !document.querySelector("dialog[open]")) return press("stop");
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) return ["stop", "edit-stop", "branch-stop", "race-stop", "grid-stop"].forEach(press);
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "r" || event.key === "R") press("reroll");
     else if (event.key === "?") byId("keys-list")?.showModal();

@@ -6,6 +6,7 @@ import functools
 import html
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -26,9 +27,15 @@ SORRY = "something went wrong inside vgen ({name}): the server's log says where"
 
 def owner_of(visitor: Any, request: gr.Request | None) -> str:
     """Whose runs and files these are. `visitor` is the secret that the browser keeps, which may be anything."""
-    user = getattr(request, "username", None)
-    token = visitor if isinstance(visitor, str) and visitor else f"session {getattr(request, 'session_hash', None)}"
-    return owner_name(user, token)
+    return owner_name(getattr(request, "username", None), visitor_token(visitor, request))
+
+
+def visitor_token(visitor: Any, request: gr.Request | None) -> str:
+    """The secret that a browser keeps. At its first visit it is made of the page's own, so that whoever clicks before
+    it has arrived is the same person afterwards."""
+    if isinstance(visitor, str) and visitor:
+        return visitor
+    return f"session {getattr(request, 'session_hash', None)}"
 
 
 def friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +83,11 @@ def picture_html(png: bytes | None, alternative: str, name: str = "picture", emp
     return f'<img id="{name}" class="vgen-pixels" alt="{words}" src="data:image/png;base64,{data}">'
 
 
+def tab_named(tabs: gr.Tabs, name: str) -> gr.Tab:
+    """The tab with an id."""
+    return next(tab for tab in tabs.children if isinstance(tab, gr.Tab) and tab.id == name)
+
+
 def status_html(text: str, kind: str = "") -> str:
     """A line that screen readers announce."""
     return f'<div role="status" aria-live="polite" class="vgen-status {kind}">{html.escape(text)}</div>'
@@ -113,6 +125,7 @@ async def watch(job: Job) -> AsyncIterator[bool]:
     """
     seen = -1
     while True:
+        job.seen = time.monotonic()
         version, ended = job.version, job.ended
         if version != seen or ended:
             seen = version

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from vgen.types import Request, Step
 MAX_BYTES = 128 << 20  # of steps; beyond it every second one is dropped, never the last
 PREVIEW = 448  # pixels a side that previews are enlarged to, about
 FILM_COLUMNS = 10
+Show = Callable[[Any, Step], Tensor]  # a pipeline and a step of its -> images (B, 3, H, W), or videos, uint8
 
 
 class Recording:
@@ -25,10 +26,14 @@ class Recording:
 
     Steps are added by the thread that samples; pictures are decoded by whoever asks, once, so that a run nobody looks
     at costs nothing.
+
+    Args:
+        show: what a step looks like; the pipeline's `decode` for None.
     """
 
-    def __init__(self, pipeline: Any, request: Request) -> None:
+    def __init__(self, pipeline: Any, request: Request, show: Show | None = None) -> None:
         self.pipeline, self.request = pipeline, request
+        self._show = show or (lambda pipeline, step: pipeline.decode(step))
         self.steps: list[Step] = []
         self.dropped = 0
         self._bytes = 0
@@ -90,7 +95,7 @@ class Recording:
 
     def _decode(self, index: int) -> Tensor:
         with self._lock, torch.no_grad():
-            return self.pipeline.decode(_on(self.steps[index], self.pipeline.device)).cpu()
+            return self._show(self.pipeline, _on(self.steps[index], self.pipeline.device)).cpu()
 
 
 GAP = 2

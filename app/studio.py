@@ -1,9 +1,13 @@
 """`vgen studio`: the page, its named endpoints, and the server around them."""
 
-import asyncio
+import contextlib
+import importlib.util
 import os
 import secrets
+import sys
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,35 @@ import gradio as gr
 from PIL import Image
 
 from vgen import __version__
-from vgen.app.core import Studio, new_token
+from vgen.app.compare import CompareTab
+from vgen.app.core import Studio
+from vgen.app.edit import EditTab
+from vgen.app.evaluate_tab import EvaluateTab
 from vgen.app.forms import Ask
 from vgen.app.generate import GenerateTab
-from vgen.app.parts import PRIVATE, QUICK, WATCHING, describe_job, friendly, owner_of, run_of, watch
+from vgen.app.history_tab import HistoryTab
+from vgen.app.inspect_tab import InspectTab
+from vgen.app.models_tab import ModelsTab
+from vgen.app.parts import QUICK, WATCHING, describe_job, friendly, owner_of, run_of, visitor_token, watch
+from vgen.app.pictures import MAX_PIXELS
+from vgen.app.uploads import MAX_BYTES
 from vgen.types import SettingError
 
 HERE = Path(__file__).parent
 MAX_FILE = "20mb"
-MAX_PIXELS = 50_000_000  # of a picture that is handed in; Pillow refuses twice as many
 MAX_QUEUE = 64
+LEASE = 15.0  # seconds that a run of the API goes on without being watched
 CACHE = (3600, 24 * 3600)  # seconds: how often Gradio's copies are looked through, and how old they become
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
+TABS: dict[str, Any] = {  # after Generate; each is built by (studio, visitor, current)
+    "Compare": CompareTab,
+    "Edit": EditTab,
+    "Inspect": InspectTab,
+    "Evaluate": EvaluateTab,
+    "Models": ModelsTab,
+    "History": HistoryTab,
+}
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -35,10 +55,19 @@ def build(studio: Studio) -> gr.Blocks:
         visitor = gr.BrowserState(None, storage_key="vgen-visitor", secret=secret)
         current = gr.BrowserState(None, storage_key="vgen-run", secret=secret)
         gr.HTML(_header(), elem_id="header")
-        with gr.Tabs(elem_id="tabs"), gr.Tab("Generate", id="generate"):
-            generate = GenerateTab(studio, visitor, current)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                generate = GenerateTab(studio, visitor, current)
+            others = []
+            for name, kind in TABS.items():
+                with gr.Tab(name, id=name.lower()):
+                    others.append(kind(studio, visitor, current))
         generate.wire(page)
-        entered = page.load(_enter, [visitor], [visitor], **QUICK)
+        for tab in others:
+            tab.wire(page)
+            if isinstance(tab, (ModelsTab, HistoryTab)):
+                tab.join(page, tabs, [generate, *others])
+        entered = page.load(visitor_token, [visitor], [visitor], **QUICK)
         entered.then(generate.follow, [visitor, current], generate.shown, **WATCHING)
         _endpoints(studio)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
@@ -52,9 +81,8 @@ def launch(studio: Studio, page: gr.Blocks, **options: Any) -> Any:
         "server_name": "127.0.0.1",
         "share": False,
         "show_error": True,
-        "allowed_paths": [str(studio.folder)],
-        "blocked_paths": [str(studio.folder / "index.sqlite")],
-        "max_file_size": MAX_FILE,
+        "allowed_paths": [str(studio.library.files)],
+        "max_file_size": MAX_BYTES if studio.allow_upload else MAX_FILE,  # Gradio has one limit for all uploads
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
@@ -68,6 +96,53 @@ def launch(studio: Studio, page: gr.Blocks, **options: Any) -> Any:
     return page.launch(**chosen | options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `vgen studio` was asked for."""
+
+    folder: Path
+    models: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    allow_upload: bool = False
+    port: int | None = None
+    listen: bool = False
+    auth: list[tuple[str, str]] | None = None
+    mcp: bool = False
+    browser: bool = False
+
+
+def serve(options: Options) -> None:
+    """Serve until interrupted. Raises SettingError for what cannot be served as asked."""
+    if options.mcp and importlib.util.find_spec("mcp") is None:
+        raise SettingError("--mcp needs one more package: pip install 'gradio[mcp]'")
+    studio = Studio(options.folder, options.models, options.device, options.dtype, options.allow_upload)
+    try:
+        page = build(studio)
+        try:
+            _, url, _ = launch(
+                studio,
+                page,
+                server_name="0.0.0.0" if options.listen else "127.0.0.1",
+                server_port=options.port,
+                auth=options.auth,
+                mcp_server=options.mcp,
+                inbrowser=options.browser,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:
+            asked = "" if options.port is None else f" {options.port}"
+            raise SettingError(f"port{asked} is taken: choose another one with --port, or leave it out") from error
+        print(f"vgen: the studio is at {url}", file=sys.stderr)
+        print(f"vgen: files go to {studio.folder}; Ctrl+C ends it", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):  # the ordinary end of a server
+            while page.is_running:
+                time.sleep(0.2)
+        page.close(verbose=False)
+    finally:
+        studio.close()
+
+
 def _header() -> str:
     return (
         '<header class="vgen-header"><h1>vgen studio</h1><span>visual autoregressive generation, step by step</span>'
@@ -75,14 +150,9 @@ def _header() -> str:
         '</button><button type="button" id="keys" class="vgen-link">Keys</button>'
         f"<span class='vgen-version'>{__version__}</span></header>"
         '<dialog id="keys-list" aria-label="Keyboard"><p><kbd>Ctrl</kbd>+<kbd>Enter</kbd> generate</p>'
-        "<p><kbd>Esc</kbd> stop</p><p><kbd>R</kbd> stop and re-roll</p>"
+        "<p><kbd>Esc</kbd> stop</p><p><kbd>R</kbd> <span>stop and re-roll</span></p>"
         "<p><kbd>&larr;</kbd> <kbd>&rarr;</kbd> scrub through the steps</p><p><kbd>?</kbd> this list</p></dialog>"
     )
-
-
-def _enter(visitor: Any) -> str:
-    """The secret that a browser keeps, made at its first visit."""
-    return visitor if isinstance(visitor, str) and len(visitor) >= 16 else new_token()
 
 
 def _secret(folder: Path) -> str:
@@ -127,7 +197,9 @@ def _endpoints(studio: Studio) -> None:
             sampler=sampler or None,
             settings=settings or {},
         )
-        job = await asyncio.to_thread(studio.sample, owner, ask)
+        job = studio.sample(
+            owner, ask, lease=LEASE
+        )  # not awaited: whoever cancels here would leave the run without an owner
         try:
             async for last in watch(job):
                 run = run_of(job)
@@ -137,7 +209,7 @@ def _endpoints(studio: Studio) -> None:
                 files = [str(path) for path in run.files] if last and run is not None else None
                 told = None if run is None or run.request is None else run.request.to_json()
                 yield files, told, text
-        finally:  # a client that goes away or cancels ends its run
+        finally:  # a client that cancels ends its run; where Gradio does not close this iterator, the lease does
             studio.jobs.forget(job)
 
     def models() -> list[dict[str, Any]]:
@@ -171,6 +243,3 @@ def _summary(studio: Studio, name: str) -> dict[str, Any]:
         "parameters": told["parameters"],
         "checkpoint": told["checkpoint"],
     }
-
-
-__all__ = ["PRIVATE", "build", "launch"]

@@ -266,3 +266,16 @@ def test_images_and_labels_must_match(pipe: NextScalePipeline, images: int, labe
 def test_without_a_tokenizer_the_remedy_is_named() -> None:
     with pytest.raises(SettingError, match="no tokenizer"):
         NextScalePipeline(None, tiny_generator()).edit(picture(), box(4, 12, 8, 16), 1, seeds=[3])
+
+
+# ---- live steps
+
+
+def test_the_last_step_of_a_streamed_edit_is_composited_as_edit_does(pipe: NextScalePipeline, mask: Tensor) -> None:
+    image = picture()
+    steps = edit_steps(pipe, image, mask)
+    whole = uint8(pipe.edit(image, mask, 1, seeds=[3], output_type="pt").images)
+    assert torch.equal(pipe.blend_edit(image, mask, steps[-1]), whole)
+    kept = mask == 0
+    for step in steps:  # nor is a kept pixel touched on the way
+        assert torch.equal(pipe.blend_edit(image, mask, step)[..., kept], image[..., kept])

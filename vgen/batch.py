@@ -162,7 +162,7 @@ def run_facts(
         raise SettingError("a run without items makes nothing: name classes, or more images per class")
     labels = None if items[0].class_label is None else [items[0].class_label]
     facts = dataclasses.asdict(pipeline.request(labels, [items[0].seed], sampler, settings))
-    del facts["class_labels"], facts["seeds"]
+    del facts["class_labels"], facts["seeds"], facts["origin"]
     listed = json.dumps([[item.index, item.class_label, item.seed] for item in items])
     facts |= {"items": len(items), "first_seed": items[0].seed, "plan": hashlib.sha256(listed.encode()).hexdigest()}
     facts["classes"] = sorted({-1 if item.class_label is None else item.class_label for item in items})

@@ -626,6 +626,70 @@ def models() -> None:
         print(f"{name}\t{found['parameters'] / 1e6:.1f}M parameters\t{len(found['classes'])} classes")
 
 
+@app.command()
+def studio(
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything that is made goes.")] = Path("studio"),
+    models: Annotated[
+        Path | None, typer.Option(help="A folder of more models, each as 'vgen convert' and training write them.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    listen: Annotated[
+        bool, typer.Option("--listen", help="Serve to other machines too, not to this one alone; think of --auth.")
+    ] = False,
+    auth: Annotated[
+        str | None,
+        typer.Option(help="Ask for a login: NAME:PASSWORD, several by commas.", envvar="VGEN_STUDIO_AUTH"),
+    ] = None,
+    allow_upload: Annotated[
+        bool, typer.Option("--allow-upload", help="Let visitors bring checkpoints, safetensors alone.")
+    ] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Serve the named endpoints as MCP tools as well.")] = False,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Open the studio: a web page to generate, compare, edit, inspect and evaluate in.
+
+    Example: vgen studio --port 7860
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise typer.BadParameter("the studio needs Gradio: pip install 'vgen[studio]'")
+    if port is not None and not 1 <= port <= 65535:
+        raise typer.BadParameter(f"--port is {port}: it must lie in 1..65535")
+    from vgen.app.studio import Options, serve
+
+    logins = _logins(auth)
+    if listen and not logins:
+        _fail("warning: everybody who can reach this machine can use the studio: give --auth NAME:PASSWORD", DONE)
+    serve(
+        Options(
+            folder=out,
+            models=models,
+            device=device,
+            dtype=dtype,
+            allow_upload=allow_upload,
+            port=port,
+            listen=listen,
+            auth=logins,
+            mcp=mcp,
+            browser=browser,
+        )
+    )
+
+
+def _logins(text: str | None) -> list[tuple[str, str]] | None:
+    """NAME:PASSWORD, several by commas."""
+    found = []
+    for part in (text or "").split(",") if text else []:
+        name, colon, password = part.partition(":")
+        if not name.strip() or not colon or not password:
+            raise typer.BadParameter("--auth is no NAME:PASSWORD: write both, several by commas")  # says no secret
+        found.append((name.strip(), password))
+    return found or None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and turn every expected failure into one line and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -116,28 +116,33 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("VGEN_DATA") or Path.home() / ".cache" / "vgen" / "data").expanduser()
 
 
-def open_source(name: str, split: str, size: int, channels: int, root: str | Path | None = None) -> ImageSource:
+def open_source(
+    name: str, split: str, size: int, channels: int, root: str | Path | None = None, download: bool = True
+) -> ImageSource:
     """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
 
-    The two data sets are downloaded into `root` when they are not there. A folder may hold train/ and test/; without
-    them every 20th image is held out for testing. Raises SettingError where nothing can be trained on.
+    The two data sets are downloaded into `root` when they are not there, unless `download` is off. A folder may hold
+    train/ and test/; without them every 20th image is held out for testing. Raises SettingError where nothing can be
+    trained on.
     """
     if name in BUILT_IN:
-        return _open_torchvision(name, split, size, channels, data_root(root))
+        return _open_torchvision(name, split, size, channels, data_root(root), download)
     return _open_folder(Path(name).expanduser(), split, size, channels)
 
 
-def _open_torchvision(name: str, split: str, size: int, channels: int, root: Path) -> MemorySource:
+def _open_torchvision(name: str, split: str, size: int, channels: int, root: Path, download: bool) -> MemorySource:
     from torchvision import datasets  # slow to import, and not needed for folders
 
     class_name, class_names = BUILT_IN[name]
-    with suppress(OSError):  # a read-only place is fine where the files are there already
-        root.mkdir(parents=True, exist_ok=True)
+    if download:
+        with suppress(OSError):  # a read-only place is fine where the files are there already
+            root.mkdir(parents=True, exist_ok=True)
     try:
-        found = getattr(datasets, class_name)(root, train=split == "train", download=True)
+        found = getattr(datasets, class_name)(root, train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
+        tried = f" and could not be downloaded ({error})" if download else ""
         raise SettingError(
-            f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files there, "
+            f"{name} is not in {root}{tried}: put torchvision's files there, "
             "or name another folder with --data-root or VGEN_DATA"
         ) from error
     pixels = found.data[:, None]

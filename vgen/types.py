@@ -78,6 +78,7 @@ class Request:
     checkpoint: str = ""  # sha256 over the model's weights
     dtype: str = "float32"
     device: str = "cpu"
+    origin: str = ""  # what a person should know of where it came from; changes nothing
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -96,7 +97,8 @@ class Request:
         return replace(self, class_labels=labels, seeds=[self.seeds[index]], settings=settings)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        return json.dumps({name: value for name, value in values.items() if name != "origin" or value}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
@@ -129,7 +131,7 @@ def _check_types(values: dict[str, Any]) -> None:
         "seeds": (integers, "a list of integers"),
         "sampler": (lambda value: value is None or text(value), "a string or null"),
         "settings": (lambda value: isinstance(value, dict), "an object"),
-        **dict.fromkeys(("vgen", "checkpoint", "dtype", "device"), (text, "a string")),
+        **dict.fromkeys(("vgen", "checkpoint", "dtype", "device", "origin"), (text, "a string")),
     }
     for name in ("model", "seeds"):
         if name not in values:

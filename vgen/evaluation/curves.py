@@ -20,17 +20,17 @@ COSTS = ("evaluations_per_image", "seconds_per_image")
 MAX_POINTS = 1000
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """["guidance_scale=1,2", "top_k=0,100"] -> values by setting. Raises SettingError."""
+def parse_grid(texts: Sequence[str], what: str = "--grid") -> dict[str, list[Any]]:
+    """["guidance_scale=1,2", "top_k=0,100"] -> values by setting. Raises SettingError, calling a text `what`."""
     grid: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
-        found = [parse_value(value.strip(), f"--grid {text!r}") for value in values.split(",") if value.strip()]
+        found = [parse_value(value.strip(), f"{what} {text!r}") for value in values.split(",") if value.strip()]
         if not equals or not found:
-            raise SettingError(f"--grid {text!r} has no values: write a setting and its values, as guidance_scale=1,2")
+            raise SettingError(f"{what} {text!r} has no values: write a setting and its values, as guidance_scale=1,2")
         if name in grid:
-            raise SettingError(f"--grid names {name} twice: give all its values at once")
+            raise SettingError(f"{what} names {name} twice: give all its values at once")
         grid[name] = list(dict.fromkeys(found))
     number = 1
     for choices in grid.values():

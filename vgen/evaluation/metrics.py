@@ -197,6 +197,19 @@ def squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
         yield torch.where(distance <= 1e-13 * size, 0.0, distance)
 
 
+def class_diversity(features: Tensor, labels: Tensor) -> float:
+    """Root mean square distance between the features (N, D) of two images of one class (N,); nan without such a pair.
+
+    Over the pairs of n rows, squared distances add up to n times the squared distances to their mean.
+    """
+    total, pairs = 0.0, 0
+    for label in labels.unique():
+        rows = features[labels == label].double()
+        total += len(rows) * float((rows - rows.mean(0)).square().sum())
+        pairs += len(rows) * (len(rows) - 1) // 2
+    return (total / pairs) ** 0.5 if pairs else float("nan")
+
+
 def _rows(other: Tensor) -> int:
     """Rows of a matrix with a column for each row of `other` to hold at once."""
     return max(1, ENTRIES // max(1, len(other)))

@@ -28,6 +28,8 @@ from vgen.rng import BatchStream, SampleStreams
 from vgen.types import Output, Request, Rng, SettingError, Step
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GIVEN = ("tokens", "known")  # arguments of the call that are no settings, and that a request holds in full
+EDIT = "edit"  # in a request's settings: hashes of the image and the mask of an edit, which it does not hold
 SettingsType = TypeVar("SettingsType")
 Labels = int | str | Sequence[int | str] | Tensor | np.ndarray | None
 
@@ -133,15 +135,21 @@ class Pipeline(DiffusionPipeline):
         original, painted = self._to_edit(image, mask)
         steps, rng = self.begin_edit(original, painted, class_labels, **settings)
         output = self.run(steps, rng, "pt")
-        generated = to_uint8(output.images)
-        seam = self.token_pixels // 2
-        blended = composite(original.to(generated.device), generated, painted.to(generated.device), seam)
+        blended = self._blend(original, painted, to_uint8(output.images))
         return dataclasses.replace(output, images=self.render(blended / 255, output_type))
 
     @torch.no_grad()
     def stream_edit(self, image: Any, mask: Any, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:
-        """The steps of `edit`, before compositing."""
+        """The steps of `edit`, before compositing, which `blend_edit` does."""
         return self.begin_edit(*self._to_edit(image, mask), class_labels, **settings)[0]
+
+    def blend_edit(self, image: Any, mask: Any, step: Step) -> Tensor:
+        """A step of `stream_edit` as `edit` shows it, (B, 3, S, S) uint8: what is not masked is the image's own."""
+        return self._blend(*self._to_edit(image, mask), self.decode(step))
+
+    def _blend(self, original: Tensor, painted: Tensor, generated: Tensor) -> Tensor:
+        seam, device = self.token_pixels // 2, generated.device
+        return composite(original.to(device), generated, painted.to(device), seam)
 
     def _to_edit(self, image: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """An image (B, 3, S, S) uint8 and what is painted over (S, S) bool."""
@@ -247,14 +255,16 @@ class Pipeline(DiffusionPipeline):
     def request(
         self, class_labels: Labels, seeds: Sequence[int], sampler: str | None, settings: dict[str, Any]
     ) -> Request:
-        """The request that repeats a call with these arguments, defaults spelt out."""
+        """The request that repeats a call with these arguments, defaults spelt out and given tokens as lists."""
         ids = self.label_ids(class_labels)
+        given = {name: _nested(settings[name]) for name in GIVEN if settings.get(name) is not None}
+        settings = {name: value for name, value in settings.items() if name not in GIVEN}
         return Request(
             model=self.source,
             class_labels=ids,
             seeds=list(seeds),
             sampler=self.resolve_sampler(sampler),
-            settings=self.resolve_settings(settings, sampler),
+            settings=self.resolve_settings(settings, sampler) | given,
             vgen=__version__,
             checkpoint=self.checkpoint(),
             dtype=str(self.dtype).removeprefix("torch."),
@@ -313,6 +323,11 @@ def build_settings(
     Raises SettingError naming the value and the bounds.
     """
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if EDIT in given:
+        raise SettingError(
+            "this request is of an edit, and the image and the mask are not part of it: open them in the studio's Edit "
+            "tab, or give them to the pipeline's edit()"
+        )
     if unknown := [name for name in given if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
@@ -351,6 +366,11 @@ def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
         return torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingError(f"{name} is no tensor, array or list of numbers: {str(error).splitlines()[0]}") from error
+
+
+def _nested(values: Any) -> Any:
+    """Arrays, or lists of them, as nested lists."""
+    return [_nested(item) for item in values] if isinstance(values, (list, tuple)) else _plain(values)
 
 
 def _plain(values: Any) -> Any:

@@ -50,6 +50,11 @@ def to_mask(mask: Any, size: int) -> Tensor:
     return mask
 
 
+def touched_tokens(painted: Tensor, pixels: int) -> Tensor:
+    """Tokens of `pixels` a side any of whose pixels is painted: (S, S) bool -> (h, h) bool."""
+    return F.max_pool2d(painted[None, None].float(), pixels)[0, 0] > 0
+
+
 def keep_masks(painted: Tensor, scales: Sequence[int]) -> list[Tensor]:
     """Which tokens of each scale are kept, (n_k,) bool each, for painted pixels (S, S).
 
@@ -57,7 +62,7 @@ def keep_masks(painted: Tensor, scales: Sequence[int]) -> list[Tensor]:
     bilinear resize over one half keeps, and the first scale (fewer than four tokens) is always kept.
     """
     side, size = scales[-1], painted.shape[-1]
-    kept = 1 - F.max_pool2d(painted[None, None].float(), size // side)
+    kept = (~touched_tokens(painted, size // side)).float()[None, None]
     masks = []
     for scale in scales:
         resized = F.interpolate(kept, size=(scale, scale), mode="bilinear") if scale != side else kept

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vgen.data import to_model_range, to_unit_range
-from vgen.pipelines.base import Labels, Pipeline, as_tensor
+from vgen.pipelines.base import Labels, Pipeline
+from vgen.pipelines.editing import touched_tokens
+from vgen.pipelines.given import check_both, check_codes, check_given, check_left
 from vgen.types import Output, Rng, SettingError, Step
 
 
@@ -100,7 +101,7 @@ class GridPipeline(Pipeline):
         self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
     ) -> tuple[Iterator[Step], Rng]:
         """A token is repainted when any of its pixels is."""
-        touched = F.max_pool2d(painted[None, None].float(), self.token_pixels).flatten() > 0
+        touched = touched_tokens(painted, self.token_pixels).flatten()
         if bool(touched.all()):
             return self.begin(class_labels, **settings)
         tokens = self.tokenizer.encode(to_model_range(original))
@@ -112,18 +113,10 @@ class GridPipeline(Pipeline):
 
     def both_given(self, tokens: Any, known: Any, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Tokens (B, *shape) and what is known of them (B, N) bool, of the right shapes. Raises SettingError."""
-        if tokens is None or known is None:
-            raise SettingError("tokens and known belong together: give both, or neither")
-        given, kept = as_tensor("tokens", tokens, self.device), as_tensor("known", known, self.device)
-        for what, value, wanted in (("tokens", given, shape), ("known", kept, shape[:1])):
-            if value.shape not in (wanted, (1, *wanted), (batch, *wanted)):
-                raise SettingError(f"{what} have shape {tuple(value.shape)}: give {wanted} or {(batch, *wanted)}")
-        if kept.dtype != torch.bool:
-            raise SettingError(f"known has dtype {kept.dtype}: give booleans, True where a token is kept")
-        kept = kept.expand(batch, shape[0])
-        if bool(kept.all(1).any()):
-            raise SettingError("every token of an image is known, nothing is left to sample: unmark some")
-        return given.expand(batch, *shape), kept
+        check_both(tokens, known)
+        given, kept = check_given(tokens, known, batch, shape, self.device)
+        check_left(kept)
+        return given, kept
 
 
 class CodePipeline(GridPipeline):
@@ -145,10 +138,7 @@ class CodePipeline(GridPipeline):
             given = torch.full((batch, number), mask, device=self.device)
             return given, given != mask
         given, kept = self.both_given(tokens, known, batch, (number,))
-        whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
-        given = given.long() if whole else given
-        if not whole or bool(((given < 0) | (given >= mask)).logical_and(kept).any()):
-            raise SettingError(f"known tokens must be whole numbers in 0..{mask - 1}")
+        given = check_codes(given, kept, mask)
         return given.masked_fill(~kept, mask), kept
 
     # ---- looking at tokens

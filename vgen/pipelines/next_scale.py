@@ -10,6 +10,7 @@ from torch import Tensor
 from vgen.data import to_model_range, to_unit_range
 from vgen.pipelines.base import Labels, Pipeline, build_settings
 from vgen.pipelines.editing import keep_masks
+from vgen.pipelines.given import check_both, check_codes, check_given, check_left
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
 from vgen.types import Output, Rng, SettingError, Step
 
@@ -48,6 +49,8 @@ class NextScalePipeline(Pipeline):
             guidance_schedule: "linear" (from 1 at the first scale to s at the last, as published) or "constant".
             top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
             more_smooth: VAR's demo option, feeding back soft mixtures of codes: smoother pictures, worse FID.
+            tokens, known: given tokens of every scale, or of the first few: lists of (n_k,) or (B, n_k), and which of
+                them are kept, bool, likewise. The rest is drawn with the noise it has in any run of the seed.
             sampler: "next-scale".
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent".
 
@@ -68,6 +71,8 @@ class NextScalePipeline(Pipeline):
         seeds: Sequence[int] | int | None = None,
         generator: torch.Generator | None = None,
         sampler: str | None = None,
+        tokens: Sequence[Any] | None = None,
+        known: Sequence[Any] | None = None,
         dictation: Dictation | None = None,
         images: int = 1,
         **settings: Any,
@@ -78,8 +83,29 @@ class NextScalePipeline(Pipeline):
         labels, rng = self.inputs(class_labels, seeds, generator)
         if images not in (1, len(labels)):
             raise SettingError(f"{images} images but {len(labels)} labels or seeds: give one image, or one for each")
+        if check_both(tokens, known):
+            if dictation is not None:
+                raise SettingError("tokens are given, and an edit dictates its own: leave tokens and known out")
+            dictation = self._dictate(tokens, known, len(labels))
         steps = next_scale(self.generator, self.tokenizer, labels, self.null_class, rng, chosen, dictation)
         return self.without_gradients(steps), rng
+
+    def _dictate(self, tokens: Any, known: Any, batch: int) -> Dictation:
+        """What keeps given tokens, scale by scale. Raises SettingError."""
+        lengths, codes = [side * side for side in self.tokenizer.scales], self.generator.config["vocab_size"]
+        for what, value in (("tokens", tokens), ("known", known)):
+            if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(lengths):
+                raise SettingError(f"{what} must be a list of 1..{len(lengths)} scales, as a run's tokens are")
+        if len(tokens) != len(known):
+            raise SettingError(f"tokens of {len(tokens)} scales but known of {len(known)}: give as many of both")
+        given: list[tuple[Tensor, Tensor]] = []
+        for k, number in enumerate(lengths):
+            nothing = torch.zeros(number, dtype=torch.long), torch.zeros(number, dtype=torch.bool)
+            theirs, which = (tokens[k], known[k]) if k < len(tokens) else nothing
+            values, kept = check_given(theirs, which, batch, (number,), self.device)
+            given.append((kept, check_codes(values, kept, codes).masked_fill(~kept, 0)))
+        check_left(torch.cat([kept for kept, _ in given], 1))
+        return lambda scale, latent: given[scale]
 
     def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
         return dataclasses.asdict(check_settings(settings, self.generator.config["vocab_size"]))

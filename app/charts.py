@@ -114,7 +114,7 @@ def _axes(
 
 
 def _dot(dot: Dot, x: float, y: float, labelled: bool) -> str:
-    text = _text(x + 8, y - 7, dot.label, "start") if labelled else ""
+    text = _text(x + 11, y - 7, dot.label, "start") if labelled else ""
     shapes = "".join(_shape(mark, x, y) for mark in dot.marks)
     return f'{shapes}<circle class="vgen-dot" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>{text}'
 

@@ -269,7 +269,7 @@ def table_html(curve: Curve, figure: str) -> str:
         cells = [_error(point.figures.get(name), name, curve.sweep.number) for name in names]
         cells += [f"{1000 * point.seconds:.1f}", f"{point.evaluations:g}"]
         value = html.escape(str(point.value))
-        mark = f'<br><span class="vgen-badge">{" and ".join(marks)}</span>' if marks else ""
+        mark = "".join(f'<br><span class="vgen-badge">{word}</span>' for word in marks)
         picture = base64.b64encode(point.picture).decode()
         alternative = html.escape(f"samples at {curve.sweep.setting} = {point.value}", quote=True)
         image = f'<img class="vgen-strip" alt="{alternative}" src="data:image/png;base64,{picture}">'

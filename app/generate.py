@@ -117,7 +117,7 @@ class GenerateTab:
             self.clip = gr.File(
                 label="Clip to go on from (mp4, gif, webm)", type="filepath", file_types=["video", ".gif"]
             )
-        with gr.Accordion("Repeat a picture", open=False):
+        with gr.Accordion("Repeat a picture", open=False) as self.repeat_part:
             self.dropped = gr.File(
                 label="Drop a file made by vgen to fill in this form",
                 type="filepath",

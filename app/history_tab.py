@@ -27,7 +27,7 @@ MAX_TEXT = 200  # characters of a search
 LARGE = 640  # pixels a side of the picture of an opened file
 EMPTY = "Nothing here yet: what you generate is kept, and found here again."
 NOT_FOUND = "Nothing of yours has all of these words."
-CHOOSE = "Choose a picture on the left to see how it was made."
+CHOOSE = "Choose a picture to see how it was made."
 ACTIONS_JS = """
 const tell = (data) => trigger('click', data);
 element.addEventListener('click', (event) => {
@@ -56,9 +56,10 @@ class HistoryTab:
                 placeholder="class, model, sampler, seed",
                 elem_id="history-search",
                 scale=4,
+                min_width=220,
                 max_lines=1,
             )
-            self.starred = gr.Checkbox(label="Starred only", elem_id="history-starred", scale=1, min_width=120)
+            self.starred = gr.Checkbox(label="Starred only", elem_id="history-starred", scale=1, min_width=170)
             self.undo = gr.Button("Undo last delete", size="sm", elem_id="history-undo", scale=1, min_width=120)
             self.refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_id="history-refresh")
         self.status = gr.HTML(status_html(""), elem_id="history-status")
@@ -127,12 +128,15 @@ class HistoryTab:
         def fill(visitor: Any, opened: Any, request: gr.Request) -> list[Any]:
             return friendly(self._fill)(generate, owner_of(visitor, request), opened)
 
-        self.restore.click(fill, [self.visitor, self.opened], [tabs, *generate.filling], **PRIVATE)
+        self.restore.click(
+            fill, [self.visitor, self.opened], [tabs, generate.repeat_part, *generate.filling], **PRIVATE
+        )
         sought = [self.visitor, self.text, self.starred, self.limit]
         tab_named(tabs, "history").select(self.search, sought, self.listed, **QUICK)
 
     def _fill(self, generate: GenerateTab, owner: str, opened: Any) -> list[Any]:
-        return [gr.Tabs(selected="generate"), *generate.fill(self._opened(owner, opened).request)]
+        filled = generate.fill(self._opened(owner, opened).request)
+        return [gr.Tabs(selected="generate"), gr.Accordion(open=True), *filled]  # the part says whether pixels differ
 
     # ---- handlers
 

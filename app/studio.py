@@ -92,6 +92,7 @@ def launch(studio: Studio, page: gr.Blocks, **options: Any) -> Any:
         "css_paths": HERE / "page.css",
         "js": (HERE / "page.js").read_text(),
         "quiet": True,
+        "_frontend": False,  # serve it all the same, but do not insist on an answer within three seconds of starting
     }
     return page.launch(**chosen | options)
 

@@ -260,7 +260,8 @@ def test_labels_lie_outside_the_pixels(studio: Studio) -> None:
     height, width = tile.shape[:2]
     bottom, right = picture.shape[0] - cells.MARGIN, picture.shape[1] - cells.MARGIN
     assert np.array_equal(picture[bottom - height : bottom, right - width : right], tile)
-    assert (picture[: cells.MARGIN + cells.FONT] < 128).any() and (picture[:, : cells.MARGIN + 40] < 128).any()
+    top = cells.FONT + 2 * cells.MARGIN  # above it the columns' labels, beside it the first row's
+    assert (picture[:top] < 128).any() and (picture[top : top + cells.FONT, : cells.MARGIN + 40] < 128).any()
 
 
 def test_stop_keeps_the_cells_that_are_finished(studio: Studio) -> None:
@@ -400,6 +401,7 @@ def test_names_of_classes_are_text_not_markup(studio: Studio) -> None:
 def test_the_form_fits_the_model(studio: Studio, tab: CompareTab) -> None:
     for model in ("masked", "tiny", "video"):
         label, entrants, _, across, across_values, down, down_values = tab.choose_model(model)
+        assert label.value in [value for _, value in label.choices]
         race.entrants(studio, tab.base(model, label.value, 1, 0), entrants)
         chosen = (across.value, across_values), (down.value, down_values)
         made = cells.cells(studio, tab.base(model, label.value, 1, 0), "", *chosen)

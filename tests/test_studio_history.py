@@ -105,8 +105,8 @@ def test_a_restored_form_asks_for_the_same_again(studio: Studio, tab: HistoryTab
     job = sample(studio, classes=["cat"], seed=11, per_class=1, settings={"guidance_scale": 2.5, "top_k": 3})
     with gr.Blocks(analytics_enabled=False):
         generate = GenerateTab(studio, gr.BrowserState(None), gr.BrowserState(None))
-    selected, *filled = tab._fill(generate, OWNER, ids(studio)[0])
-    assert selected.selected == "generate" and len(filled) == len(generate.filling)
+    selected, part, *filled = tab._fill(generate, OWNER, ids(studio)[0])
+    assert selected.selected == "generate" and part.open and len(filled) == len(generate.filling)
     values = {id(part): getattr(new, "value", new) for part, new in zip(generate.filling, filled, strict=True)}
     form = [values.get(id(part)) for part in generate.form]
     ask, _ = generate.ask(*form)

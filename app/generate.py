@@ -178,8 +178,8 @@ class GenerateTab:
         self.step_label = gr.HTML("", elem_id="step-label")
         self.gallery = gr.Gallery(
             label="Files of the last run",
-            columns=8,
-            height=200,
+            columns=6,
+            height=220,
             object_fit="contain",
             interactive=False,
             elem_id="results",
@@ -188,7 +188,9 @@ class GenerateTab:
         self.video = gr.Video(
             label="Video", visible=False, autoplay=True, loop=True, elem_id="video", interactive=False
         )
-        self.files = gr.File(label="Files", file_count="multiple", visible=False, interactive=False, elem_id="files")
+        self.files = gr.File(
+            label="Files", file_count="multiple", visible=False, interactive=False, elem_id="files", height=150
+        )
         with gr.Accordion("Copy as", open=False):
             self.copies = [
                 gr.Code(label=name, language="python" if name == "Python" else "shell", interactive=False, lines=2)

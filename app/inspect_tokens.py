@@ -51,7 +51,8 @@ class TokensPanel(Panel):
         self._distributions: WeakKeyDictionary[Recording, dict[Any, list[Tensor]]] = WeakKeyDictionary()
         with gr.Row(elem_classes="vgen-controls"):
             self.image = gr.Slider(1, 2, value=1, step=1, label="Image", visible=False, min_width=200)
-            self.scale = gr.Slider(1, 99, value=99, step=1, label="Scale", visible=False, min_width=200)  # the last one
+            # Without an upper bound: two events of an opening tab may cross, and Gradio refuses the older value then.
+            self.scale = gr.Number(99, precision=0, minimum=1, step=1, label="Scale", visible=False, min_width=200)
             self.token = gr.Number(
                 1, precision=0, minimum=1, label="Token", info="Counted row by row; or click it.", min_width=140
             )
@@ -130,7 +131,7 @@ class TokensPanel(Panel):
         number, side = len(tokens.sides), tokens.sides[k]
         return [
             slider(row + 1, recording.rows),
-            gr.Slider(value=k + 1, maximum=max(2, number), visible=number > 1, label=f"Scale ({side}x{side} tokens)"),
+            gr.Number(value=k + 1, visible=number > 1, label=f"Scale, 1 to {number} ({side}x{side} tokens)"),
             gr.Number(value=place + 1, maximum=side * side),
             gr.Radio(visible=asks_context(recording)),
             grid,

@@ -22,7 +22,6 @@ MAX_BYTES = 4_000_000_000  # of one checkpoint
 MAX_NAME = 40
 MAX_SHOWN = 200  # tensors
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of torch.save, new and old
-CONVERTED = "Converted"
 
 
 def check_checkpoint(path: Path, name: str) -> None:
@@ -125,8 +124,7 @@ def submit_conversion(
         if target in studio.models.folders() or (folder / target).exists():
             raise SettingError(f"{target} is there already: the same checkpoint was converted before")
         yield
-        with _without_paths(transformer, tokenizer):
-            pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **given)
+        pipeline = conversion.convert(family, transformer=transformer, tokenizer=tokenizer, **given)
         yield
         conversion.save(pipeline, folder / target)
         studio.models.forget(target)
@@ -140,20 +138,3 @@ def check_allowed(studio: Studio) -> None:
     """Raise SettingError where the studio takes no uploads."""
     if not studio.allow_upload:
         raise SettingError("uploads are off here: start the studio with --allow-upload")
-
-
-class _without_paths:
-    """Errors inside name files, not folders of this machine."""
-
-    def __init__(self, *paths: Path | None) -> None:
-        self.paths = [path for path in paths if path is not None]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (CheckpointError, SettingError)):
-            text = str(error)
-            for path in self.paths:
-                text = text.replace(str(path), path.name)
-            raise type(error)(text) from error

@@ -23,7 +23,8 @@ from vgen.app.core import Studio
 from vgen.app.evaluate_tab import EvaluateTab
 from vgen.app.evaluating import Curve, Evaluations, Point, Sweep, best, cheapest, plan
 from vgen.app.jobs import Job
-from vgen.data import FASHION
+from vgen.app.judging import Judge
+from vgen.data import FASHION, open_source
 from vgen.evaluation.sampled import SampledImages
 from vgen.types import SettingError
 
@@ -80,6 +81,24 @@ def test_figures_are_those_of_the_evaluator(studio: Studio, tmp_path: Path) -> N
     assert curve.protocol["reference"]["n"] == 40
 
 
+def test_precision_and_recall_tell_samples_from_real_images(studio: Studio, tmp_path: Path) -> None:
+    tiny.write_mnist(tmp_path / "data", test=40)
+    judge_of = Judge(FASHION, 28)
+    list(judge_of.prepare())
+    source = open_source("fashion-mnist", "test", 28, 1, download=False)
+    noise = torch.randint(256, (30, 3, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = judge_of.gather()
+    found.add(torch.cat([source.images(range(10)).expand(-1, 3, -1, -1), noise]), [i % 10 for i in range(40)])
+    figures = judge_of.figures(found)
+    assert figures["precision"] == 0.25  # ten of forty are real images
+    real = judge_of.gather()
+    real.add(source.images(range(40)).expand(-1, 3, -1, -1), source.labels.tolist())
+    same = judge_of.figures(real)
+    assert same["precision"] == same["recall"] == 1 and same["classifier_frechet"] == same["spectrum_error"] == 0
+    for name, value in judge_of.of_reference().items():
+        assert same[name] == pytest.approx(value)
+
+
 def test_n_and_reference_are_always_shown(studio: Studio, tmp_path: Path) -> None:
     without = shown.protocol_html(evaluate(studio, "clothes"))
     assert "N = 10 a point" in without and "<dt>Reference</dt><dd>none</dd>" in without
@@ -125,9 +144,10 @@ def test_stop_ends_within_one_evaluation_and_keeps_the_points(studio: Studio, mo
     job = finish(studio.jobs.submit(OWNER, "nothing", "", lambda job: iter(())))
     curve = Curve(sweep, plan(pipeline, sweep))
     steps = evaluations._carry_out(job, curve)
-    while len(curve.points) < 1:
+    while len(curve.points) < 1 or not made or made[-1].index:
+        before = len(made)
         next(steps)
-    next(steps)
+        assert len(made) - before <= 1  # Stop is looked at after every evaluation
     before = len(made)
     steps.close()
     assert len(made) == before == closed[-1]
@@ -168,8 +188,8 @@ def test_the_cheapest_within_five_per_cent_of_the_best() -> None:
     points = [point(1, 0.94, 0.1), point(2, 0.96, 0.2), point(3, 1.0, 0.9), point(4, 0.99, 0.8)]
     assert best(points, "class_accuracy") is points[2]
     assert cheapest(points, "class_accuracy") is points[1]  # 0.94 is 6% below the best
-    near = [point(1, 0, 0.1, 10.6), point(2, 0, 0.2, 10.4), point(3, 0, 0.3, 10.0)]
-    assert best(near, "classifier_frechet") is near[2] and cheapest(near, "classifier_frechet") is near[1]
+    near = [point(1, 0, 0.1, 10.6), point(2, 0, 0.3, 10.0), point(3, 0, 0.2, 10.4)]
+    assert best(near, "classifier_frechet") is near[1] and cheapest(near, "classifier_frechet") is near[2]
     assert best(points, "diversity") is None and cheapest(points, "diversity") is None
     assert best([], "class_accuracy") is None
 

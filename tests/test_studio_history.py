@@ -196,8 +196,9 @@ def test_videos_are_shown_by_their_gif(studio: Studio, tab: HistoryTab) -> None:
     assert count(tiles(tab)) == 2 and tiles(tab).count("data:image/png") == 2
     for item in ids(studio):
         assert "data:image/gif" in click(tab, "open", [item])[len(tab.listed) + 1]
-    (folder / "clip.gif").unlink()
-    assert count(tiles(tab)) == 1 and "vgen-nothumb" in tiles(tab)
+    (folder / "alone.mp4").write_bytes(b"no video that Pillow could read")
+    studio.library.add(OWNER, folder / "alone.mp4", "video", request)
+    assert count(tiles(tab)) == 3 and tiles(tab).count("vgen-nothumb") == 1
     assert "cannot be shown here" in click(tab, "open", ids(studio))[len(tab.listed) + 1]
 
 
@@ -286,19 +287,24 @@ def test_metadata_that_is_not_ours_gives_one_line(studio: Studio, tmp_path: Path
         assert "\n" not in message and "<" not in message and "inside vgen" not in message, (kind, message)
 
 
-def test_a_full_disk_gives_one_line_and_the_studio_goes_on(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, written = media.save_png, []
+def media_files(studio: Studio) -> list[Path]:
+    return sorted(path for path in studio.owner_folder(OWNER).rglob("*") if path.is_file())
 
-    def full(image: Any, path: Path, request: Any = None) -> None:
-        if written:
+
+def test_a_full_disk_gives_one_line_and_the_studio_goes_on(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, written = Image.Image.save, []
+
+    def full(self: Image.Image, file: Any, *options: Any, **named: Any) -> None:
+        if isinstance(file, Path) and written:
+            file.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(path)
-        whole(image, path, request)
+        written.append(file)
+        whole(self, file, *options, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr("vgen.app.core.save_png", full)
+        patched.setattr(Image.Image, "save", full)
         job = sample(studio, per_class=3)
     assert job.state == "failed" and "the disk is full" in str(job.error) and "\n" not in str(job.error)
-    assert [entry.path for entry in studio.library.search(OWNER)] == written  # what was whole before stays
-    assert not list(studio.folder.rglob("*.tmp"))
+    (entry,) = studio.library.search(OWNER)  # what was whole before stays
+    assert entry.path == media_files(studio)[0] and len(media_files(studio)) == 1
     assert finish(sample(studio)).state == "done"

@@ -250,6 +250,8 @@ def test_conversions_that_cannot_be_say_why(studio: Studio, tmp_path: Path) -> N
     assert "no family" in message_of(*start, "gan", "x", str(transformer), None, "")
     assert "depth is no number" in message_of(*start, "var", "x", str(transformer), None, "depth=3")
     assert "class_names is no number" in message_of(*start, "var", "x", str(transformer), None, "class_names=etc")
+    assert "scales is no number" in message_of(*start, "var", "x", str(transformer), None, "scales=3")
+    assert "heads is no number" in message_of(*start, "var", "x", str(transformer), None, "heads=eight")
     assert "hand one in" in message_of(*start, "var", "x", None, None, "")
     studio.models.folder = None
     assert "--models" in message_of(*start, "var", "x", str(transformer), None, "")

@@ -25,7 +25,7 @@ from vgen.app.editing import MAX_VERSIONS, grid_side
 from vgen.app.forms import whole
 from vgen.app.generate import RANDOM_SEEDS
 from vgen.app.jobs import Job
-from vgen.app.parts import QUICK, WATCHING, friendly, owner_of, status_html, watch
+from vgen.app.parts import ORDERED, QUICK, WATCHING, friendly, owner_of, status_html, watch
 from vgen.app.pictures import enlarge
 from vgen.app.recording import Recording
 from vgen.app.run_panel import MOST_STEPS, RunPanel
@@ -119,7 +119,7 @@ class BranchPanel:
             self.look, [*self.who, self.amount, self.marked], [self.grid], **QUICK, trigger_mode="always_last"
         )
         marking = [*self.who, self.amount, self.marked]
-        self.grid.click(self.click, marking, [self.grid, self.marked], **QUICK)
+        self.grid.click(self.click, marking, [self.grid, self.marked], **ORDERED)
         self.clear.click(self.unmark, marking, [self.grid, self.marked], **QUICK)
         self.least.click(
             self.mark_least, [*marking, self.count], [self.grid, self.marked, self.panel.status], **WATCHING

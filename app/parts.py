@@ -21,6 +21,8 @@ FRAME_SECONDS = 0.1  # between two previews, at least
 POLL_SECONDS = 0.03
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = PRIVATE | {"queue": False}  # for what takes no model evaluation
+# One after the other, none left out: for clicks that each build on what the one before it did.
+ORDERED: dict[str, Any] = PRIVATE | {"concurrency_limit": 1, "trigger_mode": "multiple"}
 WATCHING: dict[str, Any] = PRIVATE | {"concurrency_limit": None}  # watching costs nothing: as many as there are pages
 SORRY = "something went wrong inside vgen ({name}): the server's log says where"
 

@@ -24,7 +24,7 @@ from vgen.app.editing import (
 )
 from vgen.app.forms import parse_settings, setting_names, whole
 from vgen.app.generate import RANDOM_SEEDS
-from vgen.app.parts import PRIVATE, QUICK, WATCHING, friendly, owner_of, run_of, status_html
+from vgen.app.parts import ORDERED, PRIVATE, QUICK, WATCHING, friendly, owner_of, run_of, status_html
 from vgen.app.pictures import EDITOR, FITS, Canvas, Placement, enlarge, place, read_paint, read_working, zoom_of
 from vgen.app.run_panel import RunPanel
 from vgen.app.token_marks import MARKS_JS, marks_html
@@ -141,7 +141,7 @@ class RepaintPanel:
             control.change(self.open, place_of, opened, **QUICK, trigger_mode="always_last")
         painting = [*place_of, self.editor, self.marks]
         self.editor.change(self.draw, painting, [self.grid], **QUICK, trigger_mode="always_last")
-        self.grid.click(self.click, painting, [self.grid, self.marks], **QUICK)
+        self.grid.click(self.click, painting, [self.grid, self.marks], **ORDERED)
         self.all.click(self.mark_all, painting, [self.grid, self.marks], **QUICK)
         self.none.click(self.clear, painting, [self.grid, self.marks], **QUICK)
         form = [self.label, self.seed, self.randomly, self.versions, self.sampler, self.guidance, self.others]

@@ -1,5 +1,5 @@
 """Timings, each table from one run on one machine: `python scripts/benchmark.py var`, `mvar`, `nfig`, `zoo`, `far`,
-`parallel`, `batch`, `masked` or `evaluate`.
+`parallel`, `batch`, `masked`, `evaluate` or `studio`.
 
 Every configuration is measured in a process of its own, so that peak memory is its own. Ratios within a table are to
 be trusted more than seconds across machines.
@@ -371,6 +371,29 @@ def compare_parallel(
     plot(rows, out.with_suffix(".png"))
 
 
+# ---- the studio's page
+
+
+@app.command("studio")
+def compare_studio(
+    model: Annotated[str, typer.Option(help="A bundled name.")] = "fashion-var",
+    masked: Annotated[str, typer.Option(help="One whose runs are long enough to be watched.")] = "fashion-maskgit",
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 7,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """How long a visitor waits in Chromium, and what watching a run costs it."""
+    shared: dict[str, Any] = {"repeats": repeats, "threads": threads, "device": device}
+    page = _measure_apart("studio-page", shared | {"model": model})
+    _print_table([["what", "ms"], *([name, f"{value:.0f}"] for name, value in page.items())])
+    lines = [["run", "s", "s, watched", "times longer", "pictures"]]
+    for name, images, settings in ((model, 16, {}), (masked, 16, {"steps": 12})):
+        row = _measure_apart("studio-previews", shared | {"model": name, "images": images, "settings": settings})
+        cells = [f"{row['seconds']:.3f}", f"{row['watched_seconds']:.3f}", f"{row['slower']:.3f}"]
+        lines.append([f"{name}, {images} images", *cells, f"{row['pictures_a_run']:.1f}"])
+    _print_table(lines)
+
+
 # ---- masked generation at 256 px with random weights, and sampling work
 
 
@@ -629,12 +652,14 @@ def measure(name: str, job: str) -> None:
     from benchmark_mvar import run_pass, run_scan
     from benchmark_nfig import run_pairs
     from benchmark_parallel import run_counts, run_times
+    from benchmark_studio import run_page, run_previews
     from benchmark_zoo import run_zoo
 
     runs = {"var": _run_var, "evaluate": _run_evaluate, "masked": run_sampling, "categorical": run_categorical}
     runs |= {"mvar": run_pass, "scan": run_scan, "nfig": run_pairs, "zoo": run_zoo}
     runs |= {"far": run_steps, "far-context": run_context}
     runs |= {"batch": run_batch, "parallel": run_times, "parallel-counts": run_counts}
+    runs |= {"studio-page": run_page, "studio-previews": run_previews}
     print(json.dumps(runs[name](json.loads(job))))
 
 

@@ -76,7 +76,8 @@ class Studio:
         self.folder = self.library.folder
         self.allow_upload = allow_upload
         self.jobs = Jobs(explain)
-        self.pace: dict[tuple[str, str], float] = {}  # seconds per sample, by model and sampler
+        # Seconds per sample and evaluations of the last run, by model and sampler.
+        self.pace: dict[tuple[str, str], tuple[float, int]] = {}
 
     def close(self) -> None:
         self.jobs.close()
@@ -132,7 +133,8 @@ class Studio:
             torch.cuda.synchronize()
         run.seconds = time.monotonic() - began
         if begin is None and not set(GIVEN) & set(request.settings):  # what is given costs nothing
-            self.pace[request.model, str(request.sampler)] = run.seconds / run.recording.rows
+            pace = run.seconds / run.recording.rows, run.recording.steps[-1].evaluations
+            self.pace[request.model, str(request.sampler)] = pace
         run.files = self.write(job.owner, job.id, run.recording)
         job.show()
 
@@ -195,11 +197,14 @@ class Studio:
             raise ValueError(f"{owner!r} is no owner's name")
         return self.library.files / owner
 
-    def estimate(self, ask: Ask, number: int) -> float | None:
-        """Seconds that so many samples will take, from the last run of the kind; None before the first."""
-        pipeline_samplers = self.models.get(ask.model).samplers
-        pace = self.pace.get((ask.model, ask.sampler or pipeline_samplers[0]))
-        return None if pace is None else pace * number
+    def estimate(self, model: str, sampler: str, number: int, steps: int | None = None) -> tuple[float, int] | None:
+        """Seconds that so many samples will take and evaluations of each, from the last run of model and sampler, which
+        may have had other `steps`; None before the first."""
+        if (model, sampler) not in self.pace:
+            return None
+        seconds, evaluations = self.pace[model, sampler]
+        wanted = steps or evaluations
+        return number * seconds * wanted / evaluations, wanted
 
 
 def stream(pipeline: Any, request: Request, context: np.ndarray | None = None, **more: Any) -> Any:

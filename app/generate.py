@@ -102,7 +102,8 @@ class GenerateTab(GenerateForm):
         who, now = self.visitor, self.current
         starting = [now, self.seed, self.status, self.go, self.stop]
         begun = self.go.click(self.start, [who, self.randomly, *self.form], starting, **QUICK)
-        begun.success(self.follow, [who, now], self.shown, **WATCHING)
+        followed = begun.success(self.follow, [who, now], self.shown, **WATCHING)
+        followed.then(friendly(self.tell_cost), self.costing, [self.cost], **QUICK)
         rolled = self.again.click(self.start_again, [who, now, *self.form], starting, **QUICK)
         rolled.success(self.follow, [who, now], self.shown, **WATCHING)
         self.stop.click(self.end, [who, now], [self.status], **QUICK)

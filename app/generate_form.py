@@ -15,6 +15,7 @@ from vgen import __version__
 from vgen.app.core import Studio
 from vgen.app.forms import (
     MAX_FRAMES,
+    MAX_IMAGES,
     MAX_STEPS,
     NAMED,
     VIDEO_NAMED,
@@ -24,7 +25,7 @@ from vgen.app.forms import (
     setting_names,
     whole,
 )
-from vgen.app.parts import PRIVATE, QUICK, friendly, status_html
+from vgen.app.parts import PRIVATE, QUICK, friendly, short, status_html
 from vgen.media import read_request
 from vgen.pipelines.base import EDIT
 from vgen.types import Request, SettingError
@@ -76,6 +77,7 @@ class GenerateForm:
             self.go = gr.Button("Generate", variant="primary", elem_id="go", min_width=120)
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=80)
             self.again = gr.Button("Stop and re-roll", elem_id="reroll", min_width=120)
+        self.cost = gr.HTML("", elem_id="cost")
         with gr.Accordion("Sampler and guidance", open=False, elem_id="advanced"):
             self._advanced(pipeline, own)
         with gr.Accordion("Video", open=True, visible=pipeline.makes_videos) as self.video_part:
@@ -178,6 +180,11 @@ class GenerateForm:
         ]
 
     @property
+    def costing(self) -> list[Any]:
+        """What the time that a run takes depends on."""
+        return [self.model, self.classes, self.per_class, self.sampler, self.steps]
+
+    @property
     def filling(self) -> list[Any]:
         """What `fill` gives new values to."""
         chosen = [self.model, self.classes, self.per_class, self.seed, self.randomly, self.sampler]
@@ -195,15 +202,27 @@ class GenerateForm:
         self.sampler.input(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
         self.reset.click(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
         # Of these two alone: what the model's change has already replaced at the server would be refused there.
-        guidance = [self.guidance_scale, self.guidance_schedule]
+        guidance: list[Any] = [self.guidance_scale, self.guidance_schedule]
         for control in guidance:
             control.change(guidance_plot, guidance, [self.curve], **QUICK, trigger_mode="always_last")
+        for control in (self.classes, self.per_class, self.steps):
+            control.input(friendly(self.tell_cost), self.costing, [self.cost], **QUICK, trigger_mode="always_last")
         self.thumbnails.click(friendly(self.add_class), [self.model, self.classes], [self.classes], **QUICK)
         self.dropped.upload(self.restore, [self.dropped], self.filling, **PRIVATE)
         page.load(self.draw_thumbnails, [self.model], [self.thumbnails], **PRIVATE)
         page.load(self.restore_link, None, self.filling, **PRIVATE)
 
     # ---- what it says
+
+    def tell_cost(self, model: str, classes: list[int] | None, per_class: Any, sampler: str, steps: Any) -> str:
+        """What the run will take, once one of its kind has been measured here."""
+        number = whole("images per class", per_class, 1, MAX_IMAGES) * max(1, len(classes or []))
+        found = self.studio.estimate(model, sampler, number, int(steps) if steps else None)
+        if found is None:
+            return ""
+        what = "image" if number == 1 else "images"
+        text = f"About {short(found[0])} for {number} {what} of {found[1]} evaluations, as the last run went."
+        return f'<div class="vgen-step">{text}</div>'
 
     def ask(self, *form: Any) -> tuple[Ask, np.ndarray | None]:
         """The form's values as an Ask, and the clip that is handed in."""

@@ -112,11 +112,12 @@ def describe_job(studio: Studio, job: Job, run: Run | None) -> tuple[str, str]:
     if job.state == "stopped":
         return f"Stopped at {text}. What was done stays.", "stopped"
     seconds = run.seconds if run is not None else None
-    each = "" if seconds is None else f" in {_short(seconds)}"
+    each = "" if seconds is None else f" in {short(seconds)}"
     return f"Done: {recording.rows} in {last.evaluations} evaluations{each}.", "done"
 
 
-def _short(seconds: float) -> str:
+def short(seconds: float) -> str:
+    """A time as people read it."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 

@@ -141,6 +141,15 @@ def test_thumbnails_are_drawn_once_for_each_checkpoint(studio: Studio, monkeypat
     assert studio.thumbnails("video") == []
 
 
+def test_what_a_run_will_take_follows_from_the_last_one(studio: Studio) -> None:
+    assert studio.estimate("masked", "maskgit", 4) is None
+    run = sample(studio, "masked", settings={"steps": 4}).view
+    each = run.seconds / 2  # it made two
+    assert studio.estimate("masked", "maskgit", 6) == (pytest.approx(6 * each), 4)
+    assert studio.estimate("masked", "maskgit", 6, steps=8) == (pytest.approx(12 * each), 8)
+    assert studio.estimate("masked", "halton", 6) is None
+
+
 # ---- recordings
 
 

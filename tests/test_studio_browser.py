@@ -119,6 +119,7 @@ def test_three_clicks_to_images_that_can_be_scrubbed(visitor: Visitor, served: t
     visitor.finish()
     files = newest(served[0], 4)
     assert [read_request(path).seeds[0] for path in files] == [int(visitor.seed()) + i for i in range(4)]
+    visitor.expect(visitor.page.locator("#cost")).to_contain_text("for 4 images of 5 evaluations")
     last = visitor.picture().get_attribute("src")
     assert "t-shirt, seed" in visitor.picture().get_attribute("alt")
     step = visitor.page.locator("#scrub input[type=range]")

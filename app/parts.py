@@ -18,6 +18,8 @@ from vgen.app.jobs import Job
 log = logging.getLogger(__name__)
 
 FRAME_SECONDS = 0.1  # between two previews, at least
+SHARE = 7.0  # and so many times what the last one took: previews must not hold up the run
+LONGEST_PAUSE = 1.0
 POLL_SECONDS = 0.03
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = PRIVATE | {"queue": False}  # for what takes no model evaluation
@@ -121,23 +123,27 @@ def short(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
+def pause_after(seconds: float) -> float:
+    """How long to wait until the next preview, the last one having taken so many seconds."""
+    return min(max(FRAME_SECONDS, SHARE * seconds), LONGEST_PAUSE)
+
+
 async def watch(job: Job) -> AsyncIterator[bool]:
     """Wake whenever there is something new to show of a job, ten times a second at most: True at the last time.
 
     Leaving off watching does not stop the job.
     """
-    seen = -1
+    seen, due = -1, 0.0
     while True:
-        job.seen = time.monotonic()
+        job.seen = now = time.monotonic()
         version, ended = job.version, job.ended
-        if version != seen or ended:
+        if ended or (version != seen and now >= due):
             seen = version
             yield ended
             if ended:
                 return
-            await asyncio.sleep(FRAME_SECONDS)
-        else:
-            await asyncio.sleep(POLL_SECONDS)
+            due = time.monotonic() + pause_after(time.monotonic() - now)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def run_of(job: Job | None) -> Run | None:

@@ -72,7 +72,7 @@ def run_previews(job: dict[str, Any]) -> dict[str, float]:
     """How much longer a run takes while somebody watches it, turn by turn; job: model, settings, images, repeats."""
     from vgen.app.core import Studio
     from vgen.app.forms import Ask
-    from vgen.app.parts import FRAME_SECONDS
+    from vgen.app.parts import pause_after
 
     with tempfile.TemporaryDirectory() as folder:
         studio = Studio(Path(folder), device=job["device"])
@@ -87,10 +87,11 @@ def run_previews(job: dict[str, Any]) -> dict[str, float]:
                     nonlocal shown
                     while not run.ended:  # noqa: B023
                         recording = run.view.recording  # noqa: B023
+                        began = time.perf_counter()
                         if recording is not None and len(recording):
                             recording.picture(-1)
                             shown += 1
-                        time.sleep(FRAME_SECONDS)
+                        run.wait_until_ended(pause_after(time.perf_counter() - began))  # noqa: B023
 
                 watcher = threading.Thread(target=look)
                 if watched:

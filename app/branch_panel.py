@@ -114,7 +114,6 @@ class BranchPanel:
     def wire(self, page: gr.Blocks) -> None:
         for control in (self.runs, self.image, self.way):
             control.input(self.list_runs, self.who, self.chosen, **QUICK, trigger_mode="always_last")
-        page.load(self.list_runs, self.who, self.chosen, **QUICK)
         self.amount.input(
             self.look, [*self.who, self.amount, self.marked], [self.grid], **QUICK, trigger_mode="always_last"
         )

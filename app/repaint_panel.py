@@ -130,7 +130,6 @@ class RepaintPanel:
         who = [self.visitor, self.current]
         place_of = [*who, self.model, self.source, self.upload, self.fit, self.percent, self.right, self.down]
         opened = [self.editor, self.grid, self.marks, self.panel.status]
-        page.load(self.list_sources, who, [self.source], **QUICK)
         chosen = self.source.input(self.choose, [*who, self.source], [self.model, *self.fields], **PRIVATE)
         chosen.success(self.open, place_of, opened, **QUICK)
         handed = self.upload.upload(lambda: UPLOAD, None, [self.source], **QUICK)

@@ -512,7 +512,7 @@ def test_the_preset_is_possible_and_its_mistakes_are_one_line(
 ) -> None:
     preset = load_config("moving-far")
     video = video_training(preset.video)
-    assert [phase.until for phase in video.phases] == [0.2, 0.5, 0.8, 1.0]
+    assert [phase.until for phase in video.phases] == [0.2, 0.65, 0.85, 1.0]
     assert preset.sample_settings["context_frames"] <= video.frames
     monkeypatch.chdir(tmp_path)
     command = ["train", "generator", "--preset", "moving-far", "--data-root", str(data), "--set", "video.sise=3"]

@@ -251,6 +251,42 @@ def test_another_model_and_sampler(visitor: Visitor) -> None:
     assert visitor.page.locator("#scrub input[type=range]").get_attribute("max") == "6"
 
 
+def tab(visitor: Visitor, name: str) -> None:
+    visitor.page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_race_of_two_samplers(visitor: Visitor) -> None:
+    tab(visitor, "Compare")
+    visitor.page.get_by_label("Entrants").fill("maskgit steps=4\nhalton steps=3")
+    visitor.page.get_by_label("Entrants").blur()
+    visitor.button("Start the race").click()
+    visitor.expect(visitor.page.get_by_text("Done: 2 runs")).to_be_visible(timeout=WAIT)
+    row = visitor.page.get_by_role("row", name="2. halton steps=3")
+    visitor.expect(row).to_contain_text("3")
+    visitor.expect(visitor.page.get_by_text("tokens differ").first).to_be_visible()
+    visitor.expect(visitor.page.get_by_role("cell", name="race.csv", exact=True)).to_be_visible()
+
+
+def test_painting_over_tokens_of_the_last_run(visitor: Visitor, served: tuple[Studio, str]) -> None:
+    visitor.fixed_seed(5)
+    visitor.button("Generate").click()
+    visitor.finish()
+    before = newest(served[0], 4)[1]
+    tab(visitor, "Edit")
+    visitor.page.get_by_label("Picture", exact=True).click()
+    visitor.page.get_by_role("option").nth(1).click()
+    tokens = visitor.page.locator("#edit-tokens [data-token]")
+    for place in (0, 1, 2):
+        tokens.nth(place).click()  # faster than the page answers
+    visitor.expect(visitor.page.locator("#edit-tokens")).to_contain_text("3 of 49 tokens")
+    visitor.button("Repaint").click()
+    visitor.expect(visitor.page.locator("#edit-status")).to_contain_text("Done", timeout=WAIT)
+    after = np.array(Image.open(newest(served[0], 1)[0]).convert("L"))
+    untouched = np.array(Image.open(before).convert("L"))
+    assert np.array_equal(after[4:], untouched[4:]) and np.array_equal(after[:, 12:], untouched[:, 12:])
+    assert not np.array_equal(after[:4, :12], untouched[:4, :12])
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_page_and_all_controls_have_names(
     browser: Any, served: tuple[Studio, str], width: int

@@ -119,7 +119,7 @@ class CompareTab:
         self.race = Panel(studio, "race", visitor, self.prepare_race, race.summarise, self.draw_race)
         self.grid = Panel(studio, "grid", visitor, self.prepare_grid, cells.summarise, self.draw_grid)
         names = studio.models.names()
-        first = "fashion-maskgit" if "fashion-maskgit" in names else names[0]
+        first = studio.models.usual("fashion-maskgit")
         pipeline = studio.models.get(first)
         self._common(names, first, pipeline)
         with gr.Tabs():

@@ -247,16 +247,22 @@ def _disk_is_full(error: BaseException) -> bool:
     )
 
 
+def line_for(error: Exception, what: str) -> str:
+    """The line that explains an error; one that is our own mistake is logged, as the failure of `what`. To be called
+    where it is handled."""
+    line = explain(error)
+    if line is None:
+        log.exception("%s failed", what)
+        line = f"something went wrong inside vgen ({type(error).__name__}): the server's log says where"
+    return line
+
+
 def told(call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What a call gives, or the line that explains why it gives nothing; our own mistakes are logged."""
+    """What a call gives, or the line that explains why it gives nothing."""
     try:
         return call(), None
     except Exception as error:
-        line = explain(error)
-        if line is None:
-            log.exception("a handler failed")
-            line = f"something went wrong inside vgen ({type(error).__name__}): the server's log says where"
-        return None, line
+        return None, line_for(error, "a handler")
 
 
 def titles(pipeline: Any, request: Request) -> Sequence[str]:

@@ -52,7 +52,7 @@ class EvaluateTab:
 
     def _form(self) -> None:
         names = self.studio.models.names()
-        first = names[0] if "fashion-var" not in names else "fashion-var"
+        first = self.studio.models.usual()
         pipeline = self.studio.models.get(first)
         settings = settings_of(pipeline, None)
         self.model = gr.Dropdown(names, value=first, label="Model", elem_id="evaluate-model")

@@ -1,7 +1,6 @@
 """The Generate tab: images and videos, every step of which can be watched, and scrubbed through afterwards."""
 
 import asyncio
-import html
 import random
 import urllib.parse
 from collections.abc import AsyncIterator, Sequence
@@ -24,6 +23,7 @@ from vgen.app.parts import (
     picture_html,
     run_of,
     status_html,
+    step_html,
     watch,
 )
 from vgen.app.recording import export_gif
@@ -39,11 +39,9 @@ class GenerateTab(GenerateForm):
 
     def __init__(self, studio: Studio, visitor: gr.BrowserState, current: gr.BrowserState) -> None:
         self.studio, self.visitor, self.current = studio, visitor, current
-        names = studio.models.names()
-        first = names[0] if "fashion-var" not in names else "fashion-var"
         with gr.Row(equal_height=False, elem_classes="vgen-main"):
             with gr.Column(scale=2, min_width=300):
-                self._form(names, first)
+                self._form(studio.models.names(), studio.models.usual())
             with gr.Column(scale=3, min_width=320):
                 self._canvas()
 
@@ -160,7 +158,7 @@ class GenerateTab(GenerateForm):
         scrub = gr.Slider(maximum=max(2, count), value=count)
         done = self._results(run) if last and run.files else [gr.skip()] * 7
         stop = gr.Button(interactive=not last)
-        return [status_html(text, kind), shown, scrub, _label_html(label), *done, gr.Button(interactive=True), stop]
+        return [status_html(text, kind), shown, scrub, step_html(label), *done, gr.Button(interactive=True), stop]
 
     def _results(self, run: Run) -> list[Any]:
         """Gallery, video, files, commands and link of a finished run."""
@@ -189,10 +187,10 @@ class GenerateTab(GenerateForm):
         run = run_of(self.studio.jobs.get(owner_of(visitor, request), job_id))
         recording = run.recording if run is not None else None
         if recording is None or not len(recording):
-            return [gr.skip(), _label_html("")]
+            return [gr.skip(), step_html("")]
         index = min(max(int(step), 1), len(recording)) - 1
         label = recording.label(index)
-        return [picture_html(recording.picture(index), alternative(run, label)), _label_html(label)]
+        return [picture_html(recording.picture(index), alternative(run, label)), step_html(label)]
 
     def make_gif(self, visitor: Any, job_id: Any, request: gr.Request) -> Any:
         """All steps of the last run as a file."""
@@ -207,7 +205,3 @@ class GenerateTab(GenerateForm):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(export_gif(run.recording))
         return gr.File(str(path), visible=True)
-
-
-def _label_html(text: str) -> str:
-    return f'<div class="vgen-step">{html.escape(text)}</div>'

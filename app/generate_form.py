@@ -25,7 +25,7 @@ from vgen.app.forms import (
     setting_names,
     whole,
 )
-from vgen.app.parts import PRIVATE, QUICK, friendly, short, status_html
+from vgen.app.parts import PRIVATE, QUICK, friendly, short, status_html, step_html
 from vgen.media import read_request
 from vgen.pipelines.base import EDIT
 from vgen.types import Request, SettingError
@@ -146,23 +146,8 @@ class GenerateForm:
 
     @property
     def form(self) -> list[Any]:
-        return [
-            self.model,
-            self.classes,
-            self.per_class,
-            self.seed,
-            self.sampler,
-            self.guidance_scale,
-            self.guidance_schedule,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.steps,
-            self.others,
-            self.frames,
-            self.context_frames,
-            self.clip,
-        ]
+        """What `ask` reads, in its order."""
+        return [self.model, self.classes, self.per_class, self.seed, self.sampler, *self.settings, self.clip]
 
     @property
     def settings(self) -> list[Any]:
@@ -222,7 +207,7 @@ class GenerateForm:
             return ""
         what = "image" if number == 1 else "images"
         text = f"About {short(found[0])} for {number} {what} of {found[1]} evaluations, as the last run went."
-        return f'<div class="vgen-step">{text}</div>'
+        return step_html(text)
 
     def ask(self, *form: Any) -> tuple[Ask, np.ndarray | None]:
         """The form's values as an Ask, and the clip that is handed in."""
@@ -312,7 +297,7 @@ class GenerateForm:
     def restore_link(self, request: gr.Request) -> list[Any]:
         """Fill the form from a link that somebody shared; a broken one changes nothing."""
         text = dict(request.query_params).get("run") if request is not None else None
-        nothing = [gr.skip()] * (len(self.settings) + 7)
+        nothing = [gr.skip()] * len(self.filling)
         if not text:
             return nothing
         try:

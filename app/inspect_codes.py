@@ -212,7 +212,7 @@ class RoundTripPanel(Panel):
 
     def build(self) -> None:
         names = self.studio.models.names()
-        first = "fashion-var" if "fashion-var" in names else names[0]
+        first = self.studio.models.usual()
         with gr.Row(elem_classes="vgen-controls"):
             self.model = gr.Dropdown(names, value=first, label="Model", min_width=180)
             self.file = gr.File(

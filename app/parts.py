@@ -5,17 +5,14 @@ import base64
 import functools
 import html
 import inspect
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import gradio as gr
 
-from vgen.app.core import Run, Studio, explain, owner_name, titles
+from vgen.app.core import Run, Studio, line_for, owner_name, titles
 from vgen.app.jobs import Job
-
-log = logging.getLogger(__name__)
 
 FRAME_SECONDS = 0.1  # between two previews, at least
 SHARE = 7.0  # and so many times what the last one took: previews must not hold up the run
@@ -26,7 +23,6 @@ QUICK: dict[str, Any] = PRIVATE | {"queue": False}  # for what takes no model ev
 # One after the other, none left out: for clicks that each build on what the one before it did.
 ORDERED: dict[str, Any] = PRIVATE | {"concurrency_limit": 1, "trigger_mode": "multiple"}
 WATCHING: dict[str, Any] = PRIVATE | {"concurrency_limit": None}  # watching costs nothing: as many as there are pages
-SORRY = "something went wrong inside vgen ({name}): the server's log says where"
 
 
 def owner_of(visitor: Any, request: gr.Request | None) -> str:
@@ -46,10 +42,7 @@ def friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A handler whose errors reach the page as one line; what is our own mistake is logged."""
 
     def translate(error: Exception) -> gr.Error:
-        line = explain(error)
-        if line is None:
-            log.exception("%s failed", handler.__qualname__)
-            line = SORRY.format(name=type(error).__name__)
+        line = line_for(error, handler.__qualname__)
         return gr.Error(html.escape(line), print_exception=False, title="That did not work")
 
     if inspect.isasyncgenfunction(handler):
@@ -95,6 +88,11 @@ def tab_named(tabs: gr.Tabs, name: str) -> gr.Tab:
 def status_html(text: str, kind: str = "") -> str:
     """A line that screen readers announce."""
     return f'<div role="status" aria-live="polite" class="vgen-status {kind}">{html.escape(text)}</div>'
+
+
+def step_html(text: str) -> str:
+    """What is said under a picture."""
+    return f'<div class="vgen-step">{html.escape(text)}</div>'
 
 
 def describe_job(studio: Studio, job: Job, run: Run | None) -> tuple[str, str]:

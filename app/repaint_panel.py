@@ -51,7 +51,7 @@ class RepaintPanel:
         self.job = gr.BrowserState(None, storage_key="vgen-edit", secret=current.secret)
         self.marks = gr.State(Marks())
         names = studio.models.names()
-        first = "fashion-var" if "fashion-var" in names else names[0]
+        first = studio.models.usual()
         with gr.Row(equal_height=False, elem_classes="vgen-main"):
             with gr.Column(scale=1, min_width=300):
                 self._pick(names, first)

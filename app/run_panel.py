@@ -18,6 +18,7 @@ from vgen.app.parts import (
     picture_html,
     run_of,
     status_html,
+    step_html,
     watch,
 )
 
@@ -91,7 +92,7 @@ class RunPanel:
         assert run is not None and run.recording is not None
         words = run.recording.label(index)
         shown = picture_html(run.recording.picture(index), alternative(run, words), f"{self.name}-picture")
-        return [shown, scrub, f'<div class="vgen-step">{words}</div>']
+        return [shown, scrub, step_html(words)]
 
     def stop(self, visitor: Any, job_id: Any, request: gr.Request) -> Any:
         """End the run, also one that waits."""

@@ -43,6 +43,11 @@ class Models:
     def names(self) -> list[str]:
         return list(self.folders())
 
+    def usual(self, wanted: str = "fashion-var") -> str:
+        """The model that a form begins with: the wanted one, or the first where it is not here."""
+        names = self.names()
+        return wanted if wanted in names else names[0]
+
     def loaded(self) -> list[str]:
         """Names of the models in memory, the least recently used first."""
         with self._lock:

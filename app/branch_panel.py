@@ -112,8 +112,8 @@ class BranchPanel:
         return [self.runs, self.image, self.amount, self.explained, self.marking, self.grid, self.marked]
 
     def wire(self, page: gr.Blocks) -> None:
-        for control in (self.runs, self.image, self.way):
-            control.input(self.list_runs, self.who, self.chosen, **QUICK, trigger_mode="always_last")
+        choices = [control.input for control in (self.runs, self.image, self.way)]
+        gr.on(choices, self.list_runs, self.who, self.chosen, **QUICK, trigger_mode="always_last")
         self.amount.input(
             self.look, [*self.who, self.amount, self.marked], [self.grid], **QUICK, trigger_mode="always_last"
         )

@@ -30,7 +30,7 @@ SUGGESTED = {
     "top_p": "0.5, 0.8, 1",
     "steps": "4, 8, 12",
     "seed": "0, 1, 2",
-    "guidance_schedule": "constant, linear",
+    "guidance_schedule": "constant, linear, 0:1:0",
 }
 
 

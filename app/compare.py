@@ -12,7 +12,7 @@ from vgen.app.core import Studio
 from vgen.app.forms import Ask, whole
 from vgen.app.jobs import Job
 from vgen.app.measured import Comparison, Summary, submit
-from vgen.app.parts import PRIVATE, QUICK, WATCHING, friendly, owner_of, status_html, watch
+from vgen.app.parts import PRIVATE, QUICK, WATCHING, friendly, note, note_html, owner_of, status_html, watch
 from vgen.app.race import MAX_EACH, MAX_ENTRANTS
 
 NO_CLASS = -1
@@ -156,10 +156,10 @@ class CompareTab:
                 placeholder="halton steps=8",
                 elem_id="entrants",
             )
-            self.samplers = gr.Markdown(_samplers(pipeline), elem_classes="vgen-note")
+            self.samplers = gr.HTML(_samplers(pipeline))
             self.race.buttons("Start the race")
             self.suggest = gr.Button("Suggest entrants", size="sm")
-            gr.Markdown(RACE_NOTE, elem_classes="vgen-note")
+            note(RACE_NOTE)
         with gr.Column(scale=4, min_width=320):
             self.race.canvas([EMPTY_RACE, "", ""])
 
@@ -182,7 +182,7 @@ class CompareTab:
                 elem_id="grid-fixed",
             )
             self.grid.buttons("Fill the grid")
-            gr.Markdown(GRID_NOTE, elem_classes="vgen-note")
+            note(GRID_NOTE)
         with gr.Column(scale=4, min_width=320):
             self.grid.canvas([EMPTY_GRID])
 
@@ -256,4 +256,4 @@ def _class_choices(pipeline: Any) -> list[tuple[str, int]]:
 
 def _samplers(pipeline: Any) -> str:
     settings = ", ".join(pipeline.resolve_settings({}))
-    return f"Samplers: {', '.join(pipeline.samplers)}. Settings: {settings}."
+    return note_html(f"Samplers: {', '.join(pipeline.samplers)}. Settings: {settings}.")

@@ -128,6 +128,8 @@ def _listed(name: str) -> bool:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):  # a curve of guidance
+        return ":".join(f"{point:g}" for point in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

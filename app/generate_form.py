@@ -25,6 +25,7 @@ from vgen.app.forms import (
     setting_names,
     whole,
 )
+from vgen.app.guidance_curve import curve_properties, guidance_curve
 from vgen.app.parts import PRIVATE, QUICK, friendly, short, status_html, step_html
 from vgen.media import read_request
 from vgen.pipelines.base import EDIT
@@ -106,12 +107,7 @@ class GenerateForm:
         self.guidance_scale = gr.Slider(
             0, 20, value=own.get("guidance_scale", 1), step=0.1, label="Guidance scale", info="1 is off."
         )
-        self.guidance_schedule = gr.Radio(
-            ["linear", "constant"], value=own.get("guidance_schedule", "linear"), label="Guidance over the run"
-        )
-        self.curve = gr.HTML(
-            guidance_plot(own.get("guidance_scale"), own.get("guidance_schedule")), elem_id="guidance-curve"
-        )
+        self.guidance_schedule = guidance_curve(pipeline, own)
         self.temperature = gr.Slider(
             0,
             4,
@@ -186,12 +182,15 @@ class GenerateForm:
         changed.then(self.draw_thumbnails, [self.model], [self.thumbnails], **PRIVATE)
         self.sampler.input(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
         self.reset.click(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
-        # Of these two alone: what the model's change has already replaced at the server would be refused there.
-        guidance: list[Any] = [self.guidance_scale, self.guidance_schedule]
-        for control in guidance:
-            control.change(guidance_plot, guidance, [self.curve], **QUICK, trigger_mode="always_last")
-        for control in (self.classes, self.per_class, self.steps):
-            control.input(friendly(self.tell_cost), self.costing, [self.cost], **QUICK, trigger_mode="always_last")
+        self.guidance_scale.change(
+            lambda scale: gr.HTML(guidance=scale),
+            [self.guidance_scale],
+            [self.guidance_schedule],
+            **QUICK,
+            trigger_mode="always_last",
+        )
+        costs = [control.input for control in (self.classes, self.per_class, self.steps)]
+        gr.on(costs, friendly(self.tell_cost), self.costing, [self.cost], **QUICK, trigger_mode="always_last")
         self.thumbnails.click(friendly(self.add_class), [self.model, self.classes], [self.classes], **QUICK)
         self.dropped.upload(self.restore, [self.dropped], self.filling, **PRIVATE)
         page.load(self.draw_thumbnails, [self.model], [self.thumbnails], **PRIVATE)
@@ -264,7 +263,7 @@ class GenerateForm:
         others = "" if request is None else other_settings(pipeline, request)
         return [
             control(gr.Slider, "guidance_scale"),
-            control(gr.Radio, "guidance_schedule"),
+            gr.HTML(**curve_properties(pipeline, {name: values[name] for name in own})),
             control(gr.Slider, "temperature"),
             control(gr.Number, "top_k"),
             control(gr.Slider, "top_p"),
@@ -378,19 +377,3 @@ def _restored_html(pipeline: Any, request: Request, ignored: Sequence[str]) -> s
         text += f" Left out, unknown here: {', '.join(str(name)[:40] for name in list(ignored)[:8])}."
     text = " ".join([text, *missing]).strip()
     return status_html(text, "done" if same else "waiting")
-
-
-def guidance_plot(scale: Any, schedule: Any) -> str:
-    """The guidance that a run applies from its start to its end, as SVG; nothing for a model without."""
-    if not isinstance(scale, (int, float)) or schedule is None:
-        return ""
-    points = [1 + (scale - 1) * x / 20 if schedule == "linear" else scale for x in range(21)]
-    top = max(2.0, max(points), 1.0)
-    path = " ".join(f"{10 + 9 * x},{60 - 50 * y / top:.1f}" for x, y in enumerate(points))
-    words = f"Guidance goes from {points[0]:g} to {points[-1]:g}" + ("; off" if scale == 1 else "")
-    return (
-        f'<svg viewBox="0 0 200 78" role="img" aria-label="{html.escape(words)}" class="vgen-curve">'
-        f'<line x1="10" y1="60" x2="190" y2="60"/><polyline points="{path}"/>'
-        f'<text x="10" y="74">start: {points[0]:g}</text><text x="190" y="74" text-anchor="end">end: {points[-1]:g}'
-        f"</text></svg>"
-    )

@@ -17,7 +17,7 @@ from vgen.app.core import Studio, told
 from vgen.app.forms import copy_as, whole
 from vgen.app.generate import COPIES, GenerateTab
 from vgen.app.library import MOST, Entry
-from vgen.app.parts import PRIVATE, QUICK, friendly, owner_of, picture_html, status_html, tab_named
+from vgen.app.parts import PRIVATE, QUICK, friendly, owner_of, picture_html, status_html, tab_named, text_to_copy
 from vgen.types import Request, SettingError
 
 PAGE = 48  # files shown at first, and more with every press
@@ -78,13 +78,10 @@ class HistoryTab:
                 "Restore into Generate", variant="primary", interactive=False, min_width=140, elem_id="history-restore"
             )
             self.download = gr.DownloadButton("Download", interactive=False, min_width=100, elem_id="history-download")
-        self.request = gr.Code(label="Request", language="json", interactive=False, lines=4, max_lines=16)
+        self.request = text_to_copy("Request", lines=4)
         with gr.Accordion("Copy as", open=False):
             self.show = gr.Button("Show as commands", size="sm", interactive=False)
-            self.copies = [
-                gr.Code(label=name, language="python" if name == "Python" else "shell", interactive=False, lines=2)
-                for name in COPIES
-            ]
+            self.copies = [text_to_copy(name) for name in COPIES]
 
     # ---- wiring
 

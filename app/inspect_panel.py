@@ -87,9 +87,9 @@ class Panel:
         if self.example_words:
             began = self.example.click(self.run_example, [self.visitor], [self.current, self.status], **WATCHING)
             began.success(self.open, given, self.shown, **WATCHING)
-        for control in self.inputs:
-            changed = control.release if isinstance(control, gr.Slider) else control.input
-            changed(self.show, given, self.shown, **WATCHING, trigger_mode="always_last")
+        changed = [control.release if isinstance(control, gr.Slider) else control.input for control in self.inputs]
+        if changed:
+            gr.on(changed, self.show, given, self.shown, **WATCHING, trigger_mode="always_last")
 
     @friendly
     async def open(self, visitor: Any, job_id: Any, request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:

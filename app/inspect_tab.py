@@ -1,9 +1,6 @@
 """The Inspect tab: what a run's tokens were, what its tokenizer knows, and how it went."""
 
-from typing import Any
-
 import gradio as gr
-from gradio.context import Context
 
 from vgen.app.core import Studio
 from vgen.app.inspect_codes import CodebookPanel, RoundTripPanel
@@ -24,11 +21,17 @@ PANELS: tuple[type[Panel], ...] = (
 )
 
 
+ENTERED_JS = "setTimeout(() => trigger('entered'), 0);"
+
+
 class InspectTab:
     """Panels on the visitor's last run, each read anew when it is opened."""
 
-    def __init__(self, studio: Studio, visitor: gr.BrowserState, current: gr.BrowserState) -> None:
-        self.outer = _enclosing_tab()
+    def __init__(
+        self, studio: Studio, visitor: gr.BrowserState, current: gr.BrowserState, outer: gr.Tab | None = None
+    ) -> None:
+        self.outer = outer  # the tab that all this is in
+        self.entered = gr.HTML("", js_on_load=ENTERED_JS, elem_classes="vgen-nothing")
         self.selected = gr.State(PANELS[0].name)
         self.tabs: list[gr.Tab] = []
         self.panels: list[Panel] = []
@@ -43,13 +46,6 @@ class InspectTab:
             panel.wire(page)
             given = [self.selected, panel.visitor, panel.current, *panel.inputs]
             chosen = tab.select(lambda name=panel.name: name, None, [self.selected], **QUICK)
-            for event in (chosen.success, *([self.outer.select] if self.outer is not None else [])):
+            outer = [self.outer.select] if self.outer is not None else []
+            for event in (chosen.success, self.entered.entered, *outer):
                 event(panel.open_if_selected, given, panel.shown, **WATCHING)
-
-
-def _enclosing_tab() -> Any:
-    """The tab that is being built, if any."""
-    block = Context.block
-    while block is not None and not isinstance(block, gr.Tab):
-        block = block.parent
-    return block

@@ -12,7 +12,18 @@ import gradio as gr
 from vgen import conversion, hub
 from vgen.app.core import Studio, told
 from vgen.app.jobs import Job
-from vgen.app.parts import PRIVATE, QUICK, WATCHING, friendly, owner_of, status_html, tab_named, watch
+from vgen.app.parts import (
+    PRIVATE,
+    QUICK,
+    WATCHING,
+    friendly,
+    note,
+    owner_of,
+    status_html,
+    tab_named,
+    text_to_copy,
+    watch,
+)
 from vgen.app.shelf import HELD
 from vgen.app.uploads import (
     MAX_BYTES,
@@ -44,7 +55,7 @@ class ModelsTab:
         with gr.Row(equal_height=False, elem_classes="vgen-main"):
             with gr.Column(scale=2, min_width=300):
                 self.facts = gr.HTML("", elem_id="models-facts")
-                self.config = gr.Code(label="Configuration", language="json", interactive=False, lines=4, max_lines=24)
+                self.config = text_to_copy("Configuration", lines=4, most=24)
             with gr.Column(scale=2, min_width=300):
                 self.card = gr.HTML("", elem_id="models-card")
         with gr.Accordion("Bring a checkpoint", open=False, elem_id="models-upload"):
@@ -52,7 +63,7 @@ class ModelsTab:
 
     def _upload(self) -> None:
         allowed = self.studio.allow_upload
-        gr.HTML(f'<p class="vgen-note">{html.escape(_upload_words(self.studio))}</p>')
+        note(_upload_words(self.studio))
         with gr.Column(visible=allowed):
             with gr.Row():
                 self.generator = gr.File(label="Checkpoint (safetensors)", type="filepath", elem_id="models-generator")

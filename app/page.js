@@ -5,10 +5,10 @@
     const button = part && (part.tagName === "BUTTON" ? part : part.querySelector("button"));
     if (button && !button.disabled && button.offsetParent !== null) button.click();
   };
-  const scrubber = () => byId("scrub")?.querySelector('input[type="range"]');
+  const scrubber = () => [...document.querySelectorAll('.vgen-scrub input[type="range"]')].find((range) => range.offsetParent !== null);
   const move = (by, wrap) => {
     const range = scrubber();
-    if (!range || range.offsetParent === null) return false;
+    if (!range) return false;
     const next = Number(range.value) + by;
     if (next > Number(range.max) && !wrap) return false;
     range.value = String(next > Number(range.max) ? Number(range.min) : Math.max(Number(range.min), next));
@@ -25,7 +25,7 @@
       const dark = document.body.classList.toggle("dark");
       try { localStorage.setItem("vgen-theme", dark ? "dark" : "light"); } catch (error) { /* private window */ }
     }
-    if (target.id === "play" || target.closest("#play")) {
+    if (target.closest(".vgen-play")) {
       if (playing) return stopPlaying();
       const range = scrubber();
       if (range && range.value === range.max) { range.value = range.min; range.dispatchEvent(new Event("input", { bubbles: true })); }

@@ -80,6 +80,22 @@ def picture_html(png: bytes | None, alternative: str, name: str = "picture", emp
     return f'<img id="{name}" class="vgen-pixels" alt="{words}" src="data:image/png;base64,{data}">'
 
 
+def text_to_copy(label: str, lines: int = 2, most: int = 16) -> gr.Textbox:
+    """Text in fixed pitch with a button that copies it: a tenth of the script that Gradio's Code component needs."""
+    return gr.Textbox(
+        label=label, interactive=False, lines=lines, max_lines=most, buttons=["copy"], elem_classes="vgen-code"
+    )
+
+
+def note(text: str) -> gr.HTML:
+    """A paragraph in small print."""
+    return gr.HTML(note_html(text))
+
+
+def note_html(text: str) -> str:
+    return f'<p class="vgen-note">{html.escape(text)}</p>'
+
+
 def tab_named(tabs: gr.Tabs, name: str) -> gr.Tab:
     """The tab with an id."""
     return next(tab for tab in tabs.children if isinstance(tab, gr.Tab) and tab.id == name)

@@ -24,7 +24,7 @@ from vgen.app.editing import (
 )
 from vgen.app.forms import parse_settings, setting_names, whole
 from vgen.app.generate import RANDOM_SEEDS
-from vgen.app.parts import ORDERED, PRIVATE, QUICK, WATCHING, friendly, owner_of, run_of, status_html
+from vgen.app.parts import ORDERED, PRIVATE, QUICK, WATCHING, friendly, note, owner_of, run_of, status_html
 from vgen.app.pictures import EDITOR, FITS, Canvas, Placement, enlarge, place, read_paint, read_working, zoom_of
 from vgen.app.run_panel import RunPanel
 from vgen.app.token_marks import MARKS_JS, marks_html
@@ -74,7 +74,7 @@ class RepaintPanel:
         )
         self.model = gr.Dropdown(list(names), value=first, label="Model that paints", elem_id="edit-model")
         with gr.Accordion("Place it: out-painting", open=False, elem_id="edit-place"):
-            gr.HTML('<p class="vgen-note">What lies outside the picture is painted by the model.</p>')
+            note("What lies outside the picture is painted by the model.")
             self.fit = gr.Radio([(FIT_NAMES[name], name) for name in FITS], value="crop", label="Fit")
             self.percent = gr.Slider(10, 200, value=100, step=5, label="Size on the canvas, %")
             with gr.Row():
@@ -118,6 +118,7 @@ class RepaintPanel:
             buttons=[],
             height=EDITOR + 32,
             elem_id="edit-canvas",
+            visible=False,  # until there is a picture: its script is a third of the page's
         )
         self.grid = gr.HTML(marks_html(None, None, "", NO_PICTURE), js_on_load=MARKS_JS, elem_id="edit-tokens")
         with gr.Row():
@@ -136,8 +137,8 @@ class RepaintPanel:
         handed.success(self.open, place_of, opened, **QUICK)
         fitted = self.model.input(self.choose_model, [self.model], self.fields, **PRIVATE)
         fitted.success(self.open, place_of, opened, **QUICK)
-        for control in (self.fit, self.percent, self.right, self.down):
-            control.change(self.open, place_of, opened, **QUICK, trigger_mode="always_last")
+        places = [control.change for control in (self.fit, self.percent, self.right, self.down)]
+        gr.on(places, self.open, place_of, opened, **QUICK, trigger_mode="always_last")
         painting = [*place_of, self.editor, self.marks]
         self.editor.change(self.draw, painting, [self.grid], **QUICK, trigger_mode="always_last")
         self.grid.click(self.click, painting, [self.grid, self.marks], **ORDERED)
@@ -251,7 +252,7 @@ class RepaintPanel:
         picture = enlarge(canvas.pixels)
         value: Any = {"background": picture, "layers": [], "composite": picture}
         drawn = self.drawn(chosen[0], canvas, canvas.outside, Marks())
-        return [gr.ImageEditor(value, canvas_size=picture.size), drawn, Marks(), status_html("Ready.")]
+        return [gr.ImageEditor(value, canvas_size=picture.size, visible=True), drawn, Marks(), status_html("Ready.")]
 
     def drawn(self, model: str, canvas: Canvas, painted: Tensor, marks: Marks) -> str:
         """The tokens over the canvas, and how many of them an edit would draw."""

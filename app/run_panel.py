@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from vgen.app.core import Studio, titles
+from vgen.app.core import Run, Studio, titles
 from vgen.app.forms import whole
 from vgen.app.jobs import Job
 from vgen.app.parts import (
@@ -26,19 +26,26 @@ MOST_STEPS = 1 << 20  # that a scrubber may name
 
 
 class RunPanel:
-    """Components that follow a job of images. `name` begins their ids."""
+    """Components that follow a job. `name` begins their ids; page.js knows the class of the row that scrubs."""
 
     def __init__(self, studio: Studio, name: str, empty: str) -> None:
         self.studio, self.name, self.empty = studio, name, empty
         self.status = gr.HTML(status_html("Ready."), elem_id=f"{name}-status")
         self.picture = gr.HTML(picture_html(None, "", f"{name}-picture", empty))
-        self.scrub = gr.Slider(1, 2, value=1, step=1, label="Step", elem_id=f"{name}-scrub", interactive=True)
-        self.label = gr.HTML("")
+        with gr.Row(elem_classes="vgen-scrub"):
+            gr.Button("Play", size="sm", min_width=60, elem_classes="vgen-play", scale=0)
+            self.scrub = gr.Slider(
+                1, 2, value=1, step=1, label="Step", elem_id=f"{name}-scrub", interactive=True, scale=4
+            )
+        self.label = gr.HTML("", elem_id=f"{name}-step")
         self.gallery = gr.Gallery(
-            label="Files", columns=4, height=150, object_fit="contain", interactive=False, visible=False,
+            label="Pictures", columns=6, height=220, object_fit="contain", interactive=False, visible=False,
             elem_classes="vgen-results", elem_id=f"{name}-results",
         )  # fmt: skip
-        self.files = gr.File(label="Files", file_count="multiple", visible=False, interactive=False)
+        self.video = gr.Video(
+            label="Video", visible=False, autoplay=True, loop=True, interactive=False, elem_id=f"{name}-video"
+        )
+        self.files = gr.File(label="Files", file_count="multiple", visible=False, interactive=False, height=150)
 
     def wire(self, visitor: gr.BrowserState, job_id: gr.BrowserState) -> None:
         looked = [self.picture, self.label]
@@ -46,7 +53,7 @@ class RunPanel:
 
     @property
     def shown(self) -> list[Any]:
-        return [self.status, self.picture, self.scrub, self.label, self.gallery, self.files]
+        return [self.status, self.picture, self.scrub, self.label, self.gallery, self.video, self.files]
 
     async def follow(self, visitor: Any, job_id: Any, request: gr.Request) -> AsyncIterator[list[Any]]:
         """Show a run as it goes on, until it ends."""
@@ -64,15 +71,10 @@ class RunPanel:
         status = status_html(text, kind)
         if run is None or run.recording is None or not len(run.recording):
             empty = picture_html(None, "", f"{self.name}-picture", "" if job.state == "running" else self.empty)
-            return [status, empty, *[gr.skip()] * 4]
+            return [status, empty, *[gr.skip()] * 5]
         count = len(run.recording)
         scrub = gr.Slider(maximum=max(2, count), value=count)
-        files = [gr.skip()] * 2
-        if last and run.files and run.request is not None:
-            paths = [str(path) for path in run.files]
-            captioned = list(zip(paths, titles(run.recording.pipeline, run.request), strict=True))
-            files = [gr.Gallery(captioned, visible=True), gr.File(paths, visible=True)]
-        return [status, *self._step(job, count - 1, scrub), *files]
+        return [status, *self._step(run, count - 1, scrub), *(_results(run) if last else [gr.skip()] * 3)]
 
     def look(self, visitor: Any, job_id: Any, step: Any, request: gr.Request) -> list[Any]:
         """The picture of a step, counted from 1, and what it is."""
@@ -81,15 +83,14 @@ class RunPanel:
     def _look(self, owner: str, job_id: Any, step: Any) -> list[Any]:
         job = self.studio.jobs.get(owner, job_id)
         run = run_of(job)
-        if job is None or run is None or run.recording is None or not len(run.recording):
+        if run is None or run.recording is None or not len(run.recording):
             return [gr.skip(), ""]
         index = min(whole("step", step, 1, MOST_STEPS), len(run.recording)) - 1
-        picture, _, label = self._step(job, index, None)
+        picture, _, label = self._step(run, index, None)
         return [picture, label]
 
-    def _step(self, job: Job, index: int, scrub: Any) -> list[Any]:
-        run = run_of(job)
-        assert run is not None and run.recording is not None
+    def _step(self, run: Run, index: int, scrub: Any) -> list[Any]:
+        assert run.recording is not None
         words = run.recording.label(index)
         shown = picture_html(run.recording.picture(index), alternative(run, words), f"{self.name}-picture")
         return [shown, scrub, step_html(words)]
@@ -98,3 +99,15 @@ class RunPanel:
         """End the run, also one that waits."""
         stopped = self.studio.jobs.stop(owner_of(visitor, request), job_id)
         return status_html("Stopping…", "stopped") if stopped else gr.skip()
+
+
+def _results(run: Run) -> list[Any]:
+    """Gallery, video and files of a finished run."""
+    if not run.files or run.recording is None or run.request is None:
+        return [gr.skip()] * 3
+    paths = [str(path) for path in run.files]
+    if run.recording.pipeline.makes_videos:
+        films = [name for name in paths if name.endswith(".mp4")]
+        return [gr.Gallery(visible=False), gr.Video(films[0], visible=True), gr.File(paths, visible=True)]
+    captioned = list(zip(paths, titles(run.recording.pipeline, run.request), strict=True))
+    return [gr.Gallery(captioned, visible=True), gr.Video(visible=False), gr.File(paths, visible=True)]

@@ -6,8 +6,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vgen.app.generate import GenerateTab
 from vgen.app.history_tab import HistoryTab
 from vgen.app.inspect_tab import InspectTab
 from vgen.app.models_tab import ModelsTab
-from vgen.app.parts import QUICK, WATCHING, describe_job, friendly, owner_of, run_of, visitor_token, watch
+from vgen.app.parts import PRIVATE, QUICK, WATCHING, describe_job, friendly, owner_of, run_of, visitor_token, watch
 from vgen.app.pictures import MAX_PIXELS
 from vgen.app.uploads import MAX_BYTES
 from vgen.types import SettingError
@@ -60,8 +61,11 @@ def build(studio: Studio) -> gr.Blocks:
                 generate = GenerateTab(studio, visitor, current)
             others = []
             for name, kind in TABS.items():
-                with gr.Tab(name, id=name.lower()):
-                    others.append(kind(studio, visitor, current))
+                with gr.Tab(name, id=name.lower()) as tab:
+                    if kind is InspectTab:
+                        _when_opened(page, tab, partial(InspectTab, studio, visitor, current, tab))
+                    else:
+                        others.append(kind(studio, visitor, current))
         generate.wire(page)
         for tab in others:
             tab.wire(page)
@@ -72,6 +76,18 @@ def build(studio: Studio) -> gr.Blocks:
         _endpoints(studio)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     return page
+
+
+def _when_opened(page: gr.Blocks, tab: gr.Tab, make: Callable[[], Any]) -> None:
+    """Give a tab its contents when a visitor first opens it. The browser works through all that is on the page before
+    it shows any of it, and no other tab needs what is in this one."""
+    opened = gr.State(False)
+    tab.select(lambda: True, None, [opened], **PRIVATE)
+
+    @gr.render(inputs=[opened], triggers=[opened.change], show_progress="hidden")
+    def draw(is_open: bool) -> None:
+        if is_open:
+            make().wire(page)
 
 
 def launch(studio: Studio, page: gr.Blocks, **options: Any) -> Any:
@@ -217,19 +233,24 @@ def _endpoints(studio: Studio) -> None:
         """The models here: name, samplers, class names, whether it makes videos, and its size."""
         return [_summary(studio, name) for name in studio.models.names()]
 
-    with gr.Row(visible=False):
+    hidden: dict[str, Any] = {"visible": False}  # each of them: what is visible in a hidden row is loaded all the same
+    with gr.Row(**hidden):
         given = [
-            gr.Textbox(label="model"),
-            gr.JSON(label="classes"),
-            gr.Number(label="per_class", value=1),
-            gr.Number(label="seed", value=0),
-            gr.Textbox(label="sampler"),
-            gr.JSON(label="settings"),
+            gr.Textbox(label="model", **hidden),
+            gr.JSON(label="classes", **hidden),
+            gr.Number(label="per_class", value=1, **hidden),
+            gr.Number(label="seed", value=0, **hidden),
+            gr.Textbox(label="sampler", **hidden),
+            gr.JSON(label="settings", **hidden),
         ]
-        made = [gr.File(label="files", file_count="multiple"), gr.Textbox(label="request"), gr.Textbox(label="status")]
-        button = gr.Button()
+        made = [
+            gr.File(label="files", file_count="multiple", **hidden),
+            gr.Textbox(label="request", **hidden),
+            gr.Textbox(label="status", **hidden),
+        ]
+        button = gr.Button(**hidden)
         button.click(friendly(generate), given, made, api_name="generate", concurrency_limit=None)
-        listed = gr.JSON(label="models")
+        listed = gr.JSON(label="models", **hidden)
         button.click(friendly(models), None, [listed], api_name="models")
 
 

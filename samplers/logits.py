@@ -1,9 +1,14 @@
 """From logits to tokens: guidance, truncation and the exponential race. Pure functions of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from vgen.types import SettingError
+
+Schedule = str | Sequence[float]  # of guidance: "linear", "constant", or a curve
+MOST_POINTS = 64  # of a curve
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
@@ -14,27 +19,62 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     return scale * cond + (1 - scale) * uncond
 
 
-def guidance_at(scale: float, schedule: str, index: int, total: int) -> float:
-    """Guidance at step `index` of `total`: "constant", or "linear" from 1 at the first step to `scale` at the last."""
-    if schedule == "linear":
-        return 1 + (scale - 1) * (index / max(total - 1, 1))
+def read_schedule(schedule: Schedule) -> str | list[float]:
+    """A guidance schedule in its one form: "linear", "constant", or a curve as a list of numbers.
+
+    A curve says which share of `scale - 1` is added to 1 at evenly spaced moments of a run, the first at its start and
+    the last at its end: [0, 1] is "linear", [1, 1] "constant", [0, 1, 0] guides the middle alone. As text the numbers
+    stand between colons, as in "0:1:0.5". Raises SettingError.
+    """
+    if isinstance(schedule, str) and schedule in ("linear", "constant"):
+        return schedule
+    try:
+        points = [float(point) for point in (schedule.split(":") if isinstance(schedule, str) else schedule)]
+    except (TypeError, ValueError):
+        points = []
+    if not 2 <= len(points) <= MOST_POINTS or not all(0 <= point <= 1 for point in points):
+        raise SettingError(
+            f"guidance_schedule is {str(schedule)[:80]!r}: use 'linear', 'constant', or 2 to {MOST_POINTS} shares in "
+            "0..1 of the guidance scale over the run, such as 0:1:0.5"
+        )
+    return points
+
+
+def guidance_at(scale: float, schedule: Schedule, index: int, total: int) -> float:
+    """Guidance at step `index` of `total`: "constant", "linear" from 1 at the first step to `scale` at the last, or
+    a curve (`read_schedule`)."""
+    schedule, share = read_schedule(schedule), index / max(total - 1, 1)
     if schedule == "constant":
         return scale
-    raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
+    if isinstance(schedule, list):
+        share = float(_height(schedule, torch.tensor(share, dtype=torch.float64)))
+    return 1 + (scale - 1) * share
 
 
 def share_guidance(
-    scale: float, schedule: str, device: torch.device | str = "cpu"
+    scale: float, schedule: Schedule, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor], float | Tensor]:
-    """Guidance of masked families: "constant", or "linear" in the share (B,) of tokens known, from 1 up to `scale`.
+    """Guidance of masked families by the share (B,) of tokens known: "constant", "linear" from 1 up to `scale`, or a
+    curve (`read_schedule`).
 
     The share is that after the step, as in MAR (2406.11838); gives (B, 1, 1), or a number where it is the same.
     """
+    schedule = read_schedule(schedule)
     if schedule == "constant" or scale == 1:
         return lambda share: scale
-    if schedule == "linear":
-        return lambda share: (1 + (scale - 1) * share.float()).to(device)[:, None, None]
-    raise ValueError(f"guidance_schedule is {schedule!r}: use 'constant' or 'linear'")
+
+    def scale_at(share: Tensor) -> Tensor:
+        height = _height(schedule, share.float()) if isinstance(schedule, list) else share.float()
+        return (1 + (scale - 1) * height).to(device)[:, None, None]
+
+    return scale_at
+
+
+def _height(curve: list[float], share: Tensor) -> Tensor:
+    """A curve at shares in 0..1 of the run, straight between its points."""
+    points, place = share.new_tensor(curve), share * (len(curve) - 1)
+    low = place.floor().clamp(0, len(curve) - 2).long()
+    return torch.lerp(points[low], points[low + 1], place - low)
 
 
 def temper(logits: Tensor, temperature: float | Tensor) -> Tensor:

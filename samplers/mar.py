@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import share_guidance
+from vgen.samplers.logits import Schedule, share_guidance
 from vgen.samplers.masked import Draw, Plan, Select, by_order, random_order, scheduled, unmask
 from vgen.samplers.recap import Evaluations, FeaturePolicy
 from vgen.types import Rng, Step
@@ -24,7 +24,7 @@ class MARSettings:
     """How tokens are drawn, how many at a time, and which evaluations are partial."""
 
     guidance_scale: float = 3.0
-    guidance_schedule: str = "linear"  # by the share of tokens known, from 1; or "constant"
+    guidance_schedule: Schedule = "linear"  # by the share of tokens known, from 1; "constant"; a curve
     temperature: float = 1.0  # of the noise that diffusion steps add
     steps: int = 64  # evaluations, whole and partial; as many as there are masked tokens at most
     diffusion_steps: int = 100  # for the tokens of a whole evaluation

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import draw, temper, truncate
+from vgen.samplers.logits import Schedule, draw, temper, truncate
 from vgen.samplers.schedules import MASK_SCHEDULES, recap_counts, reveal_counts
 from vgen.types import Rng, SettingError, Step
 
@@ -27,7 +27,7 @@ class MaskedSettings:
     """How tokens are chosen, in which order, and which evaluations are partial."""
 
     guidance_scale: float = 2.0
-    guidance_schedule: str = "linear"  # by the share of tokens known, from 1; or "constant"
+    guidance_schedule: Schedule = "linear"  # by the share of tokens known, from 1; "constant"; a curve
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0

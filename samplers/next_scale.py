@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import draw, guidance_at, guide, temper, truncate
+from vgen.samplers.logits import Schedule, draw, guidance_at, guide, temper, truncate
 from vgen.types import NextScaleGenerator, NextScaleTokenizer, Rng, Step
 
 # Given (scale, latent so far): which tokens of the scale are dictated, (B, n_k) bool, and what they are, (B, n_k).
@@ -22,7 +22,7 @@ class NextScaleSettings:
     """How tokens are chosen from logits."""
 
     guidance_scale: float = 2.0
-    guidance_schedule: str = "linear"
+    guidance_schedule: Schedule = "linear"
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import draw, guide, share_guidance, temper, truncate
+from vgen.samplers.logits import Schedule, draw, guide, share_guidance, temper, truncate
 from vgen.types import RasterGenerator, Rng, Step, Wave
 
 STATE_KEY = 1 << 41  # + position: the state a position begins with
@@ -21,7 +21,7 @@ class RasterSettings:
     """How tokens are drawn, how often the loop runs for each, and how many are at work at a time."""
 
     guidance_scale: float = 2.0
-    guidance_schedule: str = "linear"  # by the share of tokens before it, from 1; or "constant"
+    guidance_schedule: Schedule = "linear"  # by the share of tokens before it, from 1; "constant"; a curve
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0

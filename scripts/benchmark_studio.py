@@ -16,11 +16,11 @@ WAIT = 60_000  # milliseconds
 WAITING = """() => new Promise((resolve) => {
   const begun = performance.now();
   const times = {};
-  const before = document.querySelector('#preview img')?.getAttribute('src');
+  const before = document.querySelector('img#run-picture')?.getAttribute('src');
   const look = () => {
-    const picture = document.querySelector('#preview img')?.getAttribute('src');
+    const picture = document.querySelector('img#run-picture')?.getAttribute('src');
     if (picture && picture !== before && !times.first) times.first = performance.now() - begun;
-    const status = document.querySelector('#status')?.innerText ?? '';
+    const status = document.querySelector('#run-status')?.innerText ?? '';
     if (times.first && status.startsWith('Done')) {
       times.done = performance.now() - begun;
       resolve(times);

@@ -62,7 +62,7 @@ def _save(png: bytes, path: Path) -> None:
 
 def generate(window: Any) -> None:
     """Images of four classes, unless they are there."""
-    if window.locator("#results img").count():
+    if window.locator("#run-results img").count():
         return
     window.get_by_label("New random seed for every run").uncheck()
     for number in (9, 8, 3):

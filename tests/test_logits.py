@@ -1,6 +1,7 @@
 """From logits to tokens: guidance, truncation against the published rule, the exponential race."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,24 @@ def test_guidance_schedules() -> None:
     assert [guidance_at(3.0, "linear", k, 5) for k in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert [guidance_at(3.0, "constant", k, 5) for k in range(5)] == [3.0] * 5
     assert guidance_at(3.0, "linear", 0, 1) == 1.0
-    with pytest.raises(ValueError, match=r"'cosine'.*'constant' or 'linear'"):
-        guidance_at(3.0, "cosine", 0, 5)
+
+
+def test_a_curve_of_guidance_goes_straight_between_its_points() -> None:
+    assert [guidance_at(3.0, [0, 1, 0.5], k, 5) for k in range(5)] == [1.0, 2.0, 3.0, 2.5, 2.0]
+    assert [guidance_at(3.0, "0:0.25:1:1:0", k, 5) for k in range(5)] == [1.0, 1.5, 3.0, 3.0, 1.0]
+    assert guidance_at(3.0, [0.5, 1], 0, 1) == 2.0
+    for name, curve in (("linear", [0, 1]), ("constant", [1, 1, 1])):
+        assert [guidance_at(2.7, curve, k, 7) for k in range(7)] == pytest.approx(
+            [guidance_at(2.7, name, k, 7) for k in range(7)], rel=1e-15
+        )
+
+
+@pytest.mark.parametrize(
+    "schedule", ["cosine", "", "1", "0:2", "0:-0.1", "0:nan", [0.5], [0, "x"], None, 3, [0.0] * 65]
+)
+def test_no_other_schedule_is_taken(schedule: Any) -> None:
+    with pytest.raises(ValueError, match=r"guidance_schedule is .*'linear', 'constant', or 2 to 64 shares in 0\.\.1"):
+        guidance_at(3.0, schedule, 0, 5)
 
 
 # ---- truncation

@@ -91,6 +91,8 @@ def plain_loop(pipeline: MARPipeline, label: int, seed: int, settings: MARSettin
         scale = settings.guidance_scale
         if settings.guidance_schedule == "linear":
             scale = 1 + (scale - 1) * first / N
+        elif settings.guidance_schedule == [1, 0.5]:
+            scale = 1 + (scale - 1) * (1 - 0.5 * first / N)
         cond = model(tokens, known, torch.tensor([label]))[0, where]
         uncond = model(tokens, known, torch.tensor([model.null_class]))[0, where]
         noise = rng.normal((count, settings.diffusion_steps + 1, 3), key=step)[0]
@@ -101,8 +103,8 @@ def plain_loop(pipeline: MARPipeline, label: int, seed: int, settings: MARSettin
         yield tokens
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_sampling_is_the_plain_loop(pipeline: MARPipeline, schedule: str) -> None:
+@pytest.mark.parametrize("schedule", ["linear", "constant", [1, 0.5]])
+def test_sampling_is_the_plain_loop(pipeline: MARPipeline, schedule: Any) -> None:
     settings = FAST | {"guidance_scale": 2.5, "guidance_schedule": schedule, "temperature": 0.9}
     found = steps_of(pipeline, **settings)
     wanted = list(plain_loop(pipeline, 2, 6, MARSettings(**settings)))
@@ -312,7 +314,7 @@ def test_defaults_are_the_models(pipeline: MARPipeline) -> None:
         ({"partial_diffusion_steps": 1001}, "partial_diffusion_steps is 1001"),
         ({"full_steps": 9, "steps": 8}, r"full_steps is 9: it must lie in 0\.\.8"),
         ({"partial_steps": 8, "steps": 8}, r"partial_steps is 8: it must lie in 0\.\.7"),
-        ({"guidance_schedule": "cosine"}, "'linear' or 'constant'"),
+        ({"guidance_schedule": "cosine"}, "use 'linear', 'constant', or"),
         ({"group_order": "spiral"}, "'raster' or 'random'"),
         ({"cache_buffer": 1}, "cache_buffer is 1: it must be True or False"),
         ({"temperature": -1}, "temperature is -1"),

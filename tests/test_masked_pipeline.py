@@ -167,7 +167,7 @@ def test_guidance_costs_a_second_branch_only_where_it_is_on(pipe: MaskedPipeline
 def test_guidance_and_its_limits(pipe: MaskedPipeline, sampler: str) -> None:
     settings = {"sampler": sampler, "steps": 8, "partial_steps": 1}
 
-    def guided(labels: Any, scale: float, schedule: str = "linear") -> Any:
+    def guided(labels: Any, scale: float, schedule: Any = "linear") -> Any:
         return sample(pipe, labels, [0, 1], guidance_scale=scale, guidance_schedule=schedule, **settings)
 
     off, unconditional = guided([0, 1], 1.0), guided(None, 1.0)
@@ -177,6 +177,9 @@ def test_guidance_and_its_limits(pipe: MaskedPipeline, sampler: str) -> None:
         assert not same(guided([0, 1], 9.0, schedule), off)
     assert same(guided([0, 1], 0.0, "constant"), unconditional) and not same(off, unconditional)
     assert not same(guided([0, 1], 9.0, "linear"), guided([0, 1], 9.0, "constant"))
+    assert same(guided([0, 1], 9.0, [0, 1]), guided([0, 1], 9.0, "linear"))
+    assert same(guided([0, 1], 9.0, "1:1:1"), guided([0, 1], 9.0, "constant"))
+    assert same(guided([0, 1], 9.0, [0, 0]), off)
 
 
 # ---- steps

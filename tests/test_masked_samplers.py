@@ -237,6 +237,8 @@ def test_guidance_grows_with_the_share_known() -> None:
     share = torch.tensor([0.25, 1.0])
     assert share_guidance(3.0, "linear")(share).flatten().tolist() == [1.5, 3.0]  # type: ignore[union-attr]
     assert share_guidance(3.0, "constant")(share) == 3.0 and share_guidance(1.0, "linear")(share) == 1.0
+    quarters = torch.linspace(0, 1, 5)
+    assert share_guidance(3.0, [0, 1, 0.5])(quarters).flatten().tolist() == [1, 2, 3, 2.5, 2]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="guidance_schedule is 'cosine'"):
         share_guidance(3.0, "cosine")
 

@@ -184,6 +184,16 @@ def test_guidance_near_one_approaches_no_guidance(tiny_pipeline: Pipeline, sched
     assert same(off.tokens, near.tokens) and not same(off.tokens, far.tokens)
 
 
+def test_a_curve_of_guidance_is_read_at_every_scale(tiny_pipeline: Pipeline) -> None:
+    def guided(schedule: Any) -> Any:
+        return sample(tiny_pipeline, [0, 1], [0, 1], guidance_scale=9.0, guidance_schedule=schedule).tokens
+
+    assert same(guided([0, 1]), guided("linear")) and same(guided("1:1"), guided("constant"))
+    last = len(tiny_pipeline.tokenizer.scales) - 1
+    late, never = guided([0.0] * last + [1.0]), guided([0, 0])
+    assert same(late[:-1], never[:-1]) and not same(late[-1:], never[-1:])
+
+
 def test_no_guidance_at_all_is_unconditional(tiny_pipeline: Pipeline) -> None:
     zero = sample(tiny_pipeline, [0, 1], [0, 1], guidance_scale=0.0, guidance_schedule="constant")
     assert same(zero.tokens, sample(tiny_pipeline, None, [0, 1]).tokens)
@@ -406,7 +416,10 @@ def test_strange_labels_are_refused_too(tiny_pipeline: Pipeline, label: Any) -> 
         ({"top_p": None}, r"top_p is None"),
         ({"temperature": -1}, r"temperature is -1.*0\.0\.\.1000\.0"),
         ({"temperature": float("inf")}, r"temperature is inf.*0\.0\.\.1000\.0"),
-        ({"guidance_schedule": "cosine"}, r"guidance_schedule is 'cosine': use 'constant' or 'linear'"),
+        (
+            {"guidance_schedule": "cosine"},
+            r"guidance_schedule is 'cosine': use 'linear', 'constant', or 2 to 64",
+        ),
         ({"cfg": 1.5}, r"unknown setting 'cfg': use guidance_scale, "),
         ({"sampler": "ddim"}, r"unknown sampler 'ddim': use one of next-scale"),
         ({"seeds": [0, 1, 2]}, r"2 class labels but 3 seeds"),

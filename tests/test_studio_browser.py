@@ -80,10 +80,10 @@ class Visitor:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def status(self) -> Any:
-        return self.page.locator("#status [role=status]")
+        return self.page.locator("#run-status [role=status]")
 
     def picture(self) -> Any:
-        return self.page.locator("#preview img")
+        return self.page.locator("img#run-picture")
 
     def expect(self, locator: Any) -> Any:
         return sync_api.expect(locator)
@@ -122,17 +122,17 @@ def test_three_clicks_to_images_that_can_be_scrubbed(visitor: Visitor, served: t
     visitor.expect(visitor.page.locator("#cost")).to_contain_text("for 4 images of 5 evaluations")
     last = visitor.picture().get_attribute("src")
     assert "t-shirt, seed" in visitor.picture().get_attribute("alt")
-    step = visitor.page.locator("#scrub input[type=range]")
+    step = visitor.page.locator("#run-scrub input[type=range]")
     assert (step.get_attribute("max"), step.input_value()) == ("5", "5")
     visitor.page.keyboard.press("ArrowLeft")
-    visitor.expect(visitor.page.locator("#step-label")).to_contain_text("scale 4 of 5")
+    visitor.expect(visitor.page.locator("#run-step")).to_contain_text("scale 4 of 5")
     assert visitor.picture().get_attribute("src") != last
     visitor.page.keyboard.press("ArrowRight")
-    visitor.expect(visitor.page.locator("#step-label")).to_contain_text("scale 5 of 5")
+    visitor.expect(visitor.page.locator("#run-step")).to_contain_text("scale 5 of 5")
     visitor.expect(visitor.picture()).to_have_attribute("src", last)
     visitor.button("Play").click()
-    visitor.expect(visitor.page.locator("#step-label")).to_contain_text("scale 1 of 5")
-    visitor.expect(visitor.page.locator("#step-label")).to_contain_text("scale 5 of 5")
+    visitor.expect(visitor.page.locator("#run-step")).to_contain_text("scale 1 of 5")
+    visitor.expect(visitor.page.locator("#run-step")).to_contain_text("scale 5 of 5")
 
 
 def test_keys_generate_reroll_and_list_themselves(visitor: Visitor) -> None:
@@ -204,7 +204,7 @@ def test_a_run_survives_a_reload_and_others_do_not_see_it(
     assert other.picture().count() == 0
     go.set()
     visitor.finish()
-    visitor.expect(visitor.page.locator("#results img").first).to_be_visible()
+    visitor.expect(visitor.page.locator("#run-results img").first).to_be_visible()
     other.context.close()
 
 
@@ -248,7 +248,7 @@ def test_another_model_and_sampler(visitor: Visitor) -> None:
     visitor.page.get_by_label("Steps", exact=False).first.fill("6")
     visitor.button("Generate").click()
     visitor.finish()
-    assert visitor.page.locator("#scrub input[type=range]").get_attribute("max") == "6"
+    assert visitor.page.locator("#run-scrub input[type=range]").get_attribute("max") == "6"
 
 
 def tab(visitor: Visitor, name: str) -> None:

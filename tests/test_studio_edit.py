@@ -425,9 +425,9 @@ def test_a_run_is_followed_to_its_end_and_stopped(tab: EditTab, studio: Studio, 
         VISITOR, REQUEST, runs["tiny"].id, *chosen("tiny"), paint((0, 4, 0, 4)), Marks(), *form()
     )
     shown = drain(panel.follow(VISITOR, started[0], REQUEST))[-1]
-    assert "Done: 2 in 3 evaluations" in shown[0] and "data:image/png" in shown[1] and len(shown[5].value) == 2
+    assert "Done: 2 in 3 evaluations" in shown[0] and "data:image/png" in shown[1] and len(shown[6].value) == 2
     assert panel.stop(VISITOR, started[0], REQUEST) == gr.skip()
-    assert drain(panel.follow("another browser", started[0], REQUEST)) == [[gr.skip()] * 6]
+    assert drain(panel.follow("another browser", started[0], REQUEST)) == [[gr.skip()] * 7]
 
 
 def test_locked_scales_stay_and_the_others_are_drawn_anew(tab: EditTab, studio: Studio, runs: dict[str, Job]) -> None:

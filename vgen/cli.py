@@ -110,7 +110,9 @@ Classes = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the first image; image i has seed + i. Default 0.")]
 SamplerName = Annotated[str | None, typer.Option("--sampler", help="halton, wave-df, ...; default: the model's own.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is off; default 2.")]
-GuidanceSchedule = Annotated[str | None, typer.Option(help="linear (default) or constant.")]
+GuidanceSchedule = Annotated[
+    str | None, typer.Option(help="linear (default), constant, or shares of it over the run: 0:1:0.5.")
+]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0 is off (default).")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest codes of this mass; 1 is off (default).")]
 Temperature = Annotated[float | None, typer.Option(help="Default 1; 0 takes the likeliest code.")]

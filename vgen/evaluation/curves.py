@@ -41,13 +41,13 @@ def parse_grid(texts: Sequence[str], what: str = "--grid") -> dict[str, list[Any
 
 
 def parse_value(text: str, whole: str) -> Any:
-    """A number, true or false, or a name. Raises SettingError, quoting `whole`, for anything else."""
+    """A number, true or false, a name, or a curve (numbers between colons). Raises SettingError, quoting `whole`."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if not re.fullmatch(r"[A-Za-z_][\w.-]*", text):
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*|[\d.]+(:[\d.]+)+", text):
         raise SettingError(f"{whole}: {text!r} is neither a number nor a name")
     return text
 

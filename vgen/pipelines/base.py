@@ -25,6 +25,7 @@ from vgen.files import hash_tensors, sha256
 from vgen.media import to_pil
 from vgen.pipelines.editing import composite, to_mask, to_pixels
 from vgen.rng import BatchStream, SampleStreams
+from vgen.samplers.logits import read_schedule
 from vgen.types import Output, Request, Rng, SettingError, Step
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -323,6 +324,7 @@ def build_settings(
     Raises SettingError naming the value and the bounds.
     """
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = dict(given)
     if EDIT in given:
         raise SettingError(
             "this request is of an edit, and the image and the mask are not part of it: open them in the studio's Edit "
@@ -336,7 +338,9 @@ def build_settings(
         default = known[name].default
         if value is None and default is None:
             continue
-        if name in choices:
+        if name == "guidance_schedule":
+            given[name] = read_schedule(value)
+        elif name in choices:
             if value not in choices[name]:
                 listed = " or ".join(repr(choice) for choice in choices[name])
                 raise SettingError(f"{name} is {value!r}: use {listed}")

@@ -45,7 +45,8 @@ class MARPipeline(GridPipeline):
             tokens, known: in-painting: given tokens (N, C) or (B, N, C), and which of them are kept, (N,) or (B, N)
                 bool, equally many in each row.
             guidance_scale: uncond + s * (cond - uncond) of the noise that the head predicts; 1 is off.
-            guidance_schedule: "linear" (by the share of tokens known, from 1) or "constant".
+            guidance_schedule: "linear" (by the share of tokens known, from 1), "constant",
+                or a curve such as [0, 1, 0.5] (vgen.samplers.logits.read_schedule).
             temperature: factor on the noise of the diffusion steps; published: 1 with guidance, 0.95 without.
             diffusion_steps: of the head, 2..1000.
             full_steps, partial_steps: ReCAP: whole evaluations at the start, then partial ones after each whole one.
@@ -78,7 +79,7 @@ class MARPipeline(GridPipeline):
             "full_steps": (0, number),
             "partial_steps": (0, number),
         }
-        choices = {"guidance_schedule": ("linear", "constant"), "group_order": ("raster", "random")}
+        choices = {"group_order": ("raster", "random")}
         chosen = build_settings(MARSettings, defaults | settings, bounds, choices)
         check_recap(chosen.full_steps, chosen.partial_steps, chosen.steps)
         return chosen

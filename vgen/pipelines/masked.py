@@ -67,7 +67,8 @@ class MaskedPipeline(CodePipeline):
             tokens, known: in-painting: given tokens (N,) or (B, N), and which of them are kept, bool, likewise.
             full_steps, partial_steps: ReCAP: whole evaluations at the start, then partial ones after each whole one.
             guidance_scale: uncond + s * (cond - uncond); 1 is off.
-            guidance_schedule: "linear" (by the share of tokens known, from 1) or "constant".
+            guidance_schedule: "linear" (by the share of tokens known, from 1), "constant",
+                or a curve such as [0, 1, 0.5] (vgen.samplers.logits.read_schedule).
             top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
             mask_schedule, temperature_schedule, choice_temperature, resample_singletons, noise_schedule, gumbel_bits:
                 see vgen.samplers.masked.MaskedSettings.
@@ -130,7 +131,6 @@ class MaskedPipeline(CodePipeline):
             "partial_steps": (0, MAX_TIME_STEPS),
         }
         choices = {
-            "guidance_schedule": ("linear", "constant"),
             "temperature_schedule": ("constant", "linear", "sqrt"),
             "mask_schedule": SCHEDULES,
             "noise_schedule": tuple(MASKED_SHARE),

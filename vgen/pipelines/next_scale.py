@@ -46,7 +46,8 @@ class NextScalePipeline(Pipeline):
             seeds: one whole number per image; image i depends on its own seed alone.
             generator: one torch.Generator for the whole batch instead, drawn in the published order.
             guidance_scale: uncond + s * (cond - uncond); 1 is off. VAR's published cfg = c is s = 1 + c.
-            guidance_schedule: "linear" (from 1 at the first scale to s at the last, as published) or "constant".
+            guidance_schedule: "linear" (from 1 at the first scale to s at the last, as published), "constant",
+                or a curve such as [0, 1, 0.5] (vgen.samplers.logits.read_schedule).
             top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
             more_smooth: VAR's demo option, feeding back soft mixtures of codes: smoother pictures, worse FID.
             tokens, known: given tokens of every scale, or of the first few: lists of (n_k,) or (B, n_k), and which of
@@ -150,4 +151,4 @@ def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettin
         "top_p": (0.0, 1.0),
         "temperature": (0.0, 1000.0),
     }
-    return build_settings(NextScaleSettings, settings, bounds, {"guidance_schedule": ("constant", "linear")})
+    return build_settings(NextScaleSettings, settings, bounds, {})

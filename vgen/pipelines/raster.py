@@ -79,7 +79,8 @@ class RasterPipeline(CodePipeline):
             tokens, known: in-painting: given tokens (N,) or (B, N), and which of them are kept, bool, likewise. A model
                 of words begins with its first one, which must be known.
             guidance_scale: uncond + s * (cond - uncond); 1 is off.
-            guidance_schedule: "linear" (by the share of tokens before it, from 1) or "constant".
+            guidance_schedule: "linear" (by the share of tokens before it, from 1), "constant",
+                or a curve such as [0, 1, 0.5] (vgen.samplers.logits.read_schedule).
             top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
             recurrences: of the core for every token; None: the model's.
             exit_threshold, inner_recurrences, wavefront, headway, momentum, state_noise, freeze_rule, restart,
@@ -131,7 +132,7 @@ class RasterPipeline(CodePipeline):
             "state_noise": (0.0, 1.0),
             "row_lead": (1, config["grid"] or 1),
         }
-        choices = {"guidance_schedule": ("linear", "constant"), "freeze_rule": FREEZE_RULES}
+        choices = {"freeze_rule": FREEZE_RULES}
         chosen = build_settings(RasterSettings, defaults | settings, bounds, choices)
         check_readers(chosen, name, READERS)
         self._check_passes(chosen, name)

@@ -78,6 +78,7 @@ class Studio:
         self.jobs = Jobs(explain)
         # Seconds per sample and evaluations of the last run, by model and sampler.
         self.pace: dict[tuple[str, str], tuple[float, int]] = {}
+        self.glances: dict[tuple[str, int], float] = {}  # seconds of a preview, by model and number of samples
 
     def close(self) -> None:
         self.jobs.close()
@@ -122,7 +123,8 @@ class Studio:
         request = run.request
         assert request is not None
         pipeline = self.models.get(request.model)
-        run.recording = Recording(pipeline, request, show)
+        kind = request.model, len(request.seeds)
+        run.recording = Recording(pipeline, request, show, self.glances.get(kind, 0.0))
         began = time.monotonic()
         with closing(begin(pipeline, request) if begin else stream(pipeline, request, context)) as steps:  # type: ignore
             for step in steps:
@@ -132,6 +134,7 @@ class Studio:
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize()
         run.seconds = time.monotonic() - began
+        self.glances[kind] = run.recording.glance
         if begin is None and not set(GIVEN) & set(request.settings):  # what is given costs nothing
             pace = run.seconds / run.recording.rows, run.recording.steps[-1].evaluations
             self.pace[request.model, str(request.sampler)] = pace

@@ -142,6 +142,13 @@ def pause_after(seconds: float) -> float:
     return min(max(FRAME_SECONDS, SHARE * seconds), LONGEST_PAUSE)
 
 
+def too_early(job: Job) -> bool:
+    """Whether a first preview now would hold up a run that has only begun by more than its share."""
+    run = run_of(job)
+    glance = run.recording.glance if run is not None and run.recording is not None else 0.0
+    return bool(glance) and job.began is not None and time.time() - job.began < pause_after(glance)
+
+
 async def watch(job: Job) -> AsyncIterator[bool]:
     """Wake whenever there is something new to show of a job, ten times a second at most: True at the last time.
 
@@ -151,7 +158,7 @@ async def watch(job: Job) -> AsyncIterator[bool]:
     while True:
         job.seen = now = time.monotonic()
         version, ended = job.version, job.ended
-        if ended or (version != seen and now >= due):
+        if ended or (version != seen and now >= due and not too_early(job)):
             seen = version
             yield ended
             if ended:

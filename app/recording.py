@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -29,10 +30,11 @@ class Recording:
 
     Args:
         show: what a step looks like; the pipeline's `decode` for None.
+        glance: seconds that the last picture took of a run like this one; 0 where that is not known.
     """
 
-    def __init__(self, pipeline: Any, request: Request, show: Show | None = None) -> None:
-        self.pipeline, self.request = pipeline, request
+    def __init__(self, pipeline: Any, request: Request, show: Show | None = None, glance: float = 0.0) -> None:
+        self.pipeline, self.request, self.glance = pipeline, request, glance
         self._show = show or (lambda pipeline, step: pipeline.decode(step))
         self.steps: list[Step] = []
         self.dropped = 0
@@ -67,9 +69,10 @@ class Recording:
         step = self.steps[self._place(index)]
         key = (step.index, step.evaluations)
         if key not in self._seen:
-            file = io.BytesIO()
+            began, file = time.monotonic(), io.BytesIO()
             sheet(self.pixels(index)).save(file, format="PNG", compress_level=1)
             self._seen[key] = file.getvalue()
+            self.glance = time.monotonic() - began
         return self._seen[key]
 
     def label(self, index: int) -> str:

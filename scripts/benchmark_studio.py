@@ -3,6 +3,7 @@
 Imported by `benchmark.py`, whose `studio` command prints the figures.
 """
 
+import asyncio
 import shutil
 import tempfile
 import threading
@@ -72,7 +73,8 @@ def run_previews(job: dict[str, Any]) -> dict[str, float]:
     """How much longer a run takes while somebody watches it, turn by turn; job: model, settings, images, repeats."""
     from vgen.app.core import Studio
     from vgen.app.forms import Ask
-    from vgen.app.parts import pause_after
+    from vgen.app.jobs import Job
+    from vgen.app.parts import watch
 
     with tempfile.TemporaryDirectory() as folder:
         studio = Studio(Path(folder), device=job["device"])
@@ -83,17 +85,15 @@ def run_previews(job: dict[str, Any]) -> dict[str, float]:
             for watched in (False, True):
                 run = studio.sample("visitor-0000000000000000", ask)
 
-                def look() -> None:
+                async def look(run: Job = run) -> None:
                     nonlocal shown
-                    while not run.ended:  # noqa: B023
-                        recording = run.view.recording  # noqa: B023
-                        began = time.perf_counter()
-                        if recording is not None and len(recording):
+                    async for last in watch(run):
+                        recording = run.view.recording
+                        if not last and recording is not None and len(recording):
                             recording.picture(-1)
                             shown += 1
-                        run.wait_until_ended(pause_after(time.perf_counter() - began))  # noqa: B023
 
-                watcher = threading.Thread(target=look)
+                watcher = threading.Thread(target=lambda: asyncio.run(look()))
                 if watched:
                     watcher.start()
                 run.wait_until_ended(600)

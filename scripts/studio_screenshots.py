@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from benchmark_studio import FLAGS
 from PIL import Image
 
 from vgen.app.core import Studio
 from vgen.app.studio import build, launch
 from vgen.files import atomic_file
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 WAIT = 120_000  # milliseconds
 
 

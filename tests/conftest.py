@@ -1,6 +1,8 @@
 """Shared fixtures: tiny models with random weights (see tiny_models.py), fresh for every test."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -51,3 +53,31 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return tiny.Result(code, *capsys.readouterr())
 
     return command
+
+
+# ---- of tests in a browser: Gradio is imported for these alone
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A studio of the bundled models, and its address."""
+    from studio_browser import serving
+
+    with serving(tmp_path_factory.mktemp("studio")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from studio_browser import browsing
+
+    with browsing() as found:
+        yield found
+
+
+@pytest.fixture
+def visitor(browser: Any, served: Any) -> Iterator[Any]:
+    from studio_browser import visiting
+
+    with visiting(browser, served[1]) as found:
+        yield found

@@ -1,10 +1,6 @@
-"""The studio's page in a real browser (Chromium through Playwright), on the bundled models: what a visitor does.
-
-Skipped where there is no Chromium; nothing is downloaded.
-"""
+"""The studio's page in a real browser, on the bundled models: generating, restoring, and what holds for every tab."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,106 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from studio_browser import IN_A_BROWSER, Visitor, newest
 
 from vgen.app.core import Studio
-from vgen.app.studio import build, launch
 from vgen.media import read_request
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-]
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-WAIT = 60_000  # milliseconds
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Studio, str]]:
-    studio = Studio(tmp_path_factory.mktemp("studio"), device="cpu")
-    studio.thumbnails("fashion-var")
-    page = build(studio)
-    _, url, _ = launch(studio, page, prevent_thread_lock=True)
-    yield studio, url
-    page.close(verbose=False)
-    studio.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield made
-        made.close()
-
-
-class Visitor:
-    """A browser of its own: its page, and what went wrong on it."""
-
-    def __init__(self, browser: Any, url: str, width: int = 1280, **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        self.context.set_default_timeout(WAIT)
-        self.page, self.url = self.context.new_page(), url
-        self.errors: list[str] = []
-        self.forgiven: tuple[str, ...] = ()  # what a test expects on the console
-        self.strangers: list[str] = []
-        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", self._note)
-        self.open()
-
-    def _note(self, request: Any) -> None:
-        if not request.url.startswith((self.url, "data:", "blob:")):
-            self.strangers.append(request.url)
-
-    def open(self, address: str = "") -> None:
-        self.page.goto(self.url + address)
-        self.button("Generate").wait_for()
-
-    def button(self, name: str) -> Any:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def status(self) -> Any:
-        return self.page.locator("#run-status [role=status]")
-
-    def picture(self) -> Any:
-        return self.page.locator("img#run-picture")
-
-    def expect(self, locator: Any) -> Any:
-        return sync_api.expect(locator)
-
-    def finish(self) -> None:
-        """Wait for the run to end well."""
-        self.expect(self.status()).to_contain_text("Done:", timeout=WAIT)
-
-    def seed(self) -> str:
-        return self.page.get_by_label("Seed", exact=True).input_value()
-
-    def fixed_seed(self, seed: int) -> None:
-        self.page.get_by_label("New random seed for every run").uncheck()
-        self.page.get_by_label("Seed", exact=True).fill(str(seed))
-        self.page.get_by_label("Seed", exact=True).blur()
-
-
-@pytest.fixture
-def visitor(browser: Any, served: tuple[Studio, str]) -> Iterator[Visitor]:
-    made = Visitor(browser, served[1])
-    yield made
-    unexpected = [text for text in made.errors if not any(words in text for words in made.forgiven)]
-    assert unexpected == [] and made.strangers == []
-    made.context.close()
-
-
-def newest(studio: Studio, number: int) -> list[Path]:
-    return sorted(studio.library.files.rglob("0*.png"), key=lambda path: path.stat().st_mtime_ns)[-number:]
+pytestmark = IN_A_BROWSER
 
 
 def test_three_clicks_to_images_that_can_be_scrubbed(visitor: Visitor, served: tuple[Studio, str]) -> None:
@@ -228,6 +130,43 @@ def test_a_picture_fills_the_form_and_comes_out_again(visitor: Visitor, served: 
     again.context.close()
 
 
+def test_guidance_is_a_curve_that_is_dragged(visitor: Visitor, served: tuple[Studio, str]) -> None:
+    visitor.fixed_seed(9)
+    visitor.page.get_by_text("Sampler and guidance").click()
+    points = visitor.page.locator("#guidance-curve circle")
+    visitor.expect(points).to_have_count(5)
+    box = points.nth(2).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    visitor.page.mouse.move(x, y)
+    visitor.page.mouse.down()
+    visitor.page.mouse.move(x, y - 300)  # far above: as high as it goes
+    visitor.page.mouse.up()
+    visitor.expect(points.nth(2)).to_have_attribute("aria-valuenow", "1.00")
+    points.nth(0).focus()
+    visitor.page.keyboard.press("PageUp")
+    visitor.page.keyboard.press("ArrowRight")
+    visitor.page.keyboard.press("ArrowDown")
+    visitor.expect(points.nth(1)).to_have_attribute("aria-valuetext", "1.2")
+    visitor.button("Generate").click()
+    visitor.finish()
+    path = newest(served[0], 4)[0]
+    assert read_request(path).settings["guidance_schedule"] == [0.25, 0.2, 1.0, 0.75, 1.0]
+    visitor.button("Constant").click()
+    visitor.expect(points.nth(0)).to_have_attribute("aria-valuenow", "1.00")
+    visitor.page.get_by_text("Repeat a picture").click()
+    visitor.page.locator("#restore input[type=file]").set_input_files(str(path))
+    visitor.expect(points.nth(0)).to_have_attribute("aria-valuenow", "0.25")
+    visitor.page.get_by_label("number input for Guidance scale").fill("5")
+    visitor.page.keyboard.press("Tab")
+    visitor.expect(points.nth(2)).to_have_attribute("aria-valuetext", "5")
+    visitor.button("Generate").click()
+    visitor.finish()
+    visitor.page.get_by_text("Copy as", exact=True).first.click()
+    visitor.expect(visitor.page.locator(".vgen-code textarea").first).to_have_value(
+        re.compile(r"--guidance-scale 5 --guidance-schedule 0\.25:0\.2:1:0\.75:1")
+    )
+
+
 def test_what_is_not_ours_is_one_line(visitor: Visitor, tmp_path: Path) -> None:
     visitor.forgiven = ("500 (Internal Server Error)",)  # how Gradio brings our line to the page
     Image.new("RGB", (28, 28)).save(tmp_path / "stranger.png")
@@ -249,42 +188,6 @@ def test_another_model_and_sampler(visitor: Visitor) -> None:
     visitor.button("Generate").click()
     visitor.finish()
     assert visitor.page.locator("#run-scrub input[type=range]").get_attribute("max") == "6"
-
-
-def tab(visitor: Visitor, name: str) -> None:
-    visitor.page.get_by_role("tab", name=name, exact=True).click()
-
-
-def test_a_race_of_two_samplers(visitor: Visitor) -> None:
-    tab(visitor, "Compare")
-    visitor.page.get_by_label("Entrants").fill("maskgit steps=4\nhalton steps=3")
-    visitor.page.get_by_label("Entrants").blur()
-    visitor.button("Start the race").click()
-    visitor.expect(visitor.page.get_by_text("Done: 2 runs")).to_be_visible(timeout=WAIT)
-    row = visitor.page.get_by_role("row", name="2. halton steps=3")
-    visitor.expect(row).to_contain_text("3")
-    visitor.expect(visitor.page.get_by_text("tokens differ").first).to_be_visible()
-    visitor.expect(visitor.page.get_by_role("cell", name="race.csv", exact=True)).to_be_visible()
-
-
-def test_painting_over_tokens_of_the_last_run(visitor: Visitor, served: tuple[Studio, str]) -> None:
-    visitor.fixed_seed(5)
-    visitor.button("Generate").click()
-    visitor.finish()
-    before = newest(served[0], 4)[1]
-    tab(visitor, "Edit")
-    visitor.page.get_by_label("Picture", exact=True).click()
-    visitor.page.get_by_role("option").nth(1).click()
-    tokens = visitor.page.locator("#edit-tokens [data-token]")
-    for place in (0, 1, 2):
-        tokens.nth(place).click()  # faster than the page answers
-    visitor.expect(visitor.page.locator("#edit-tokens")).to_contain_text("3 of 49 tokens")
-    visitor.button("Repaint").click()
-    visitor.expect(visitor.page.locator("#edit-status")).to_contain_text("Done", timeout=WAIT)
-    after = np.array(Image.open(newest(served[0], 1)[0]).convert("L"))
-    untouched = np.array(Image.open(before).convert("L"))
-    assert np.array_equal(after[4:], untouched[4:]) and np.array_equal(after[:, 12:], untouched[:, 12:])
-    assert not np.array_equal(after[:4, :12], untouched[:4, :12])
 
 
 @pytest.mark.parametrize("width", [390, 1280])

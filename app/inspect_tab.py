@@ -19,9 +19,7 @@ PANELS: tuple[type[Panel], ...] = (
     WavePanel,
     RecapPanel,
 )
-
-
-ENTERED_JS = "setTimeout(() => trigger('entered'), 0);"
+ENTERED_JS = "setTimeout(() => trigger('entered'), 0);"  # once the page has put all this in its place
 
 
 class InspectTab:
@@ -31,7 +29,7 @@ class InspectTab:
         self, studio: Studio, visitor: gr.BrowserState, current: gr.BrowserState, outer: gr.Tab | None = None
     ) -> None:
         self.outer = outer  # the tab that all this is in
-        self.entered = gr.HTML("", js_on_load=ENTERED_JS, elem_classes="vgen-nothing")
+        self.entered = gr.HTML("", js_on_load=ENTERED_JS)
         self.selected = gr.State(PANELS[0].name)
         self.tabs: list[gr.Tab] = []
         self.panels: list[Panel] = []

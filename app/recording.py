@@ -79,20 +79,6 @@ class Recording:
         """What a step is, in words."""
         return describe_step(self.pipeline, self.steps[self._place(index)])
 
-    def row_at(self, x: int, y: int) -> tuple[int, float, float] | None:
-        """Which image of the picture lies at pixel (x, y) of it, and where inside as shares of its sides; None beside
-        all of them. For images alone."""
-        height, width = self.pixels(-1).shape[-2:]
-        columns, zoom = layout(self.rows, max(height, width))
-        column, inside_x = divmod(x - GAP, width * zoom + GAP)
-        row, inside_y = divmod(y - GAP, height * zoom + GAP)
-        index = row * columns + column
-        if min(x, y) < GAP or column >= columns or index >= self.rows:
-            return None
-        if inside_x >= width * zoom or inside_y >= height * zoom:
-            return None
-        return index, inside_x / (width * zoom), inside_y / (height * zoom)
-
     def _place(self, index: int) -> int:
         return index if index >= 0 else len(self.steps) + index
 

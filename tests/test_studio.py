@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vgen import batch, cli
 from vgen.app import core, recording
 from vgen.app.core import Studio, owner_name, stream
 from vgen.app.forms import Ask, copy_as, parse_settings, setting_names, to_request
+from vgen.app.parts import too_early
 from vgen.app.recording import Recording
 from vgen.media import read_request
 from vgen.types import CheckpointError, Request, SettingError
@@ -166,25 +168,20 @@ def test_a_recording_is_thinned_and_keeps_its_end(studio: Studio, monkeypatch: p
     assert [step.index for step in kept.steps] == sorted(step.index for step in kept.steps)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5])
-def test_a_click_finds_its_image(studio: Studio, rows: int) -> None:
-    request = studio.request(Ask(model="tiny", classes=[0], per_class=rows))
-    pipeline = studio.models.get("tiny")
-    made = Recording(pipeline, request)
-    for step in stream(pipeline, request):
-        made.add(step)
-    picture = Image.open(io.BytesIO(made.picture(-1)))
-    pixels = made.pixels(-1).permute(0, 2, 3, 1).numpy()
-    seen = set()
-    for y in range(0, picture.height, 3):
-        for x in range(0, picture.width, 3):
-            if (hit := made.row_at(x, y)) is None:
-                continue
-            row, right, down = hit
-            seen.add(row)
-            assert picture.getpixel((x, y)) == tuple(pixels[row, int(down * 8), int(right * 8)])
-    assert seen == set(range(rows))
-    assert made.row_at(0, 0) is None and made.row_at(picture.width, 5) is None
+def test_a_first_preview_waits_for_its_share_of_the_run(studio: Studio) -> None:
+    """Where the last run's pictures took a tenth of a second, the next run's first one comes after seven tenths."""
+    sample(studio, per_class=2)
+    studio.glances["tiny", 2] = 0.1
+    job = sample(studio, per_class=2)
+    assert job.view.recording.glance == 0.1 and job.began is not None  # nobody looked, so nothing newer is known
+    for elapsed, early in ((0.0, True), (0.69, True), (0.71, False)):
+        job.began = time.time() - elapsed
+        assert too_early(job) is early
+    job.view.recording.picture(-1)
+    assert 0 < job.view.recording.glance != 0.1
+    job.view.recording.glance = 0.0  # not known: at once
+    job.began = time.time()
+    assert not too_early(job)
 
 
 # ---- forms
@@ -267,6 +264,7 @@ def test_a_sampler_is_offered_what_it_reads(studio: Studio) -> None:
         ("tiny", {"classes": [2, 0], "per_class": 2, "seed": 9, "settings": {"top_k": 3, "more_smooth": True}}),
         ("masked", {"classes": [], "sampler": "halton", "settings": {"steps": 4, "mask_schedule": "linear"}}),
         ("tiny", {"classes": [1], "settings": {"guidance_scale": 1.0}}),
+        ("tiny", {"classes": [1], "settings": {"guidance_scale": 6.0, "guidance_schedule": [1, 0.25, 0]}}),
     ],
 )
 def test_the_copied_commands_make_the_same_images(

@@ -157,7 +157,7 @@ def test_other_weights_than_a_picture_was_made_with_are_pointed_out(run: Run, sa
         (["--top-p", "1.5"], ["top_p is 1.5", r"0.0\.\.1.0"]),
         (["--temperature", "nan"], ["temperature is nan"]),
         (["--guidance-scale", "inf"], ["guidance_scale is inf"]),
-        (["--guidance-schedule", "cosine"], ["'cosine'", "'constant' or 'linear'"]),
+        (["--guidance-schedule", "cosine"], ["'cosine'", "use 'linear', 'constant', or 2 to 64"]),
         (["--sampler", "euler"], ["unknown sampler 'euler'", "next-scale"]),
         (["--dtype", "float8"], ["'float8'", "bfloat16"]),
         (["--per-class", "x"], ["--per-class", "integer", "--help"]),

@@ -29,6 +29,7 @@ class NextFrameSettings:
 
     frames: int = 16  # in all, those given included
     steps: int = 10  # Euler steps of every frame
+    sigma_min: float = 0.001  # noise level that the last of them begins at
     guidance_scale: float = 1.0  # of class or actions: uncond + s * (cond - uncond)
     schedule: str = "autoregressive"  # "pyramid", "full-sequence"
     uncertainty: float = 1.0  # pyramid: passes between the starts of neighbours, 0 (full sequence) to steps
@@ -178,7 +179,7 @@ def next_frame(
     total = num_passes(frames - given, steps, settings.spacing)
     latents = torch.cat([context, frame_noise(rng, given, frames, shape).to(context)], 1)
     velocities = Velocities(generator, context, class_labels, actions, null_class, rng, settings)
-    sigma_left = flow_sigmas(steps).flip(0)  # by the number of steps left
+    sigma_left = flow_sigmas(steps, settings.sigma_min).flip(0)  # by the number of steps left
     rows = (torch.tensor([0] * given + row) for row in level_rows(frames - given, steps, settings.spacing))
     for index, (before, after) in enumerate(pairwise(rows)):
         moving = (before != after).nonzero().flatten().tolist()

@@ -71,14 +71,14 @@ def group_steps(counts: Sequence[int], full_steps: int, partial_steps: int) -> l
     return groups + [list(counts[i : i + size]) for i in range(full_steps, len(counts), size)]
 
 
-def flow_sigmas(steps: int) -> Tensor:
+def flow_sigmas(steps: int, sigma_min: float = 0.001) -> Tensor:
     """Noise levels of a frame before each of `steps` Euler steps and after the last, (steps + 1,) float32, 1 to 0.
 
-    FAR's (2503.19325): evenly from 1 to 0.001, then 0. Raises SettingError for less than one step.
+    Evenly from 1 to `sigma_min`, then 0; FAR (2503.19325) takes 0.001. Raises SettingError for less than one step.
     """
     if steps < 1:
         raise SettingError(f"steps is {steps}: it must be at least 1")
-    return torch.from_numpy(np.append(np.linspace(1000, 1, steps) / 1000, 0)).float()
+    return torch.from_numpy(np.append(np.linspace(1000, 1000 * sigma_min, steps) / 1000, 0)).float()
 
 
 def num_passes(frames: int, steps: int, uncertainty: float) -> int:

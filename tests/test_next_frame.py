@@ -62,6 +62,10 @@ def test_noise_levels_are_fars() -> None:
     assert torch.equal(flow_sigmas(4), exact)
     assert torch.equal(1000 * flow_sigmas(4), 1000 * exact)
     assert flow_sigmas(1).tolist() == [1, 0]
+    assert flow_sigmas(4, 0.7).tolist() == pytest.approx([1, 0.9, 0.8, 0.7, 0]) and flow_sigmas(1, 0.7).tolist() == [
+        1,
+        0,
+    ]
     with pytest.raises(SettingError, match="steps is 0"):
         flow_sigmas(0)
 
@@ -95,9 +99,11 @@ def test_impossible_schedules_are_refused(frames: int, steps: int, uncertainty: 
 # ---- the loop
 
 
-def plain_loop(generator: Toy, context: Tensor, steps: int, frames: int, **conditions: Any) -> Tensor:
+def plain_loop(
+    generator: Toy, context: Tensor, steps: int, frames: int, sigma_min: float = 0.001, **conditions: Any
+) -> Tensor:
     """FAR's sampling as plainly as it can be written: one frame after the other, everything evaluated anew."""
-    sigmas = flow_sigmas(steps)
+    sigmas = flow_sigmas(steps, sigma_min)
     for k in range(context.shape[1], frames):
         x = noise_of(k)[:, None]
         for now, after in pairwise(sigmas):
@@ -116,6 +122,7 @@ def test_sampling_is_the_plain_loop(given: int, cached: bool) -> None:
     found = last(Toy(), context, cached=cached)
     assert near(found, plain_loop(Toy(), context, 4, 6))
     assert torch.equal(found[:, :given], context)
+    assert near(last(Toy(), context, cached=cached, sigma_min=0.6), plain_loop(Toy(), context, 4, 6, sigma_min=0.6))
 
 
 def test_steps_tell_what_they_did() -> None:

@@ -102,6 +102,8 @@ class NextFramePipeline(Pipeline):
             frames: of the finished video, those of the clip included.
             actions: (F,) or (B, F) ids, one for every frame, for models that are conditioned on them.
             steps: Euler steps of every frame.
+            sigma_min: noise level that the last of them begins at, 0.001 in FAR's schedule; models that predict the
+                clean frame and were trained at high noise alone end better from higher up.
             guidance_scale: uncond + s * (cond - uncond) of class or actions; 1 is off.
             schedule: "autoregressive", "pyramid" (a frame starts `uncertainty` passes after the one before it) or
                 "full-sequence" (all frames together).
@@ -230,6 +232,7 @@ class NextFramePipeline(Pipeline):
             "frames": (1, MAX_FRAMES),
             "context_frames": (0, MAX_FRAMES),
             "steps": (1, 1000),
+            "sigma_min": (0.0001, 1.0),
             "guidance_scale": (0.0, 1000.0),
             "uncertainty": (0.0, 1000.0),
             "stabilization": (0.0, 1.0),

@@ -150,3 +150,18 @@ def test_history_is_searched_starred_deleted_and_brought_back(
     visitor.button("Restore into Generate").click()
     visitor.expect(visitor.page.get_by_label("Seed", exact=True)).to_have_value("43")
     visitor.expect(visitor.page.locator("#restored")).to_contain_text("the same pixels")
+
+
+def test_a_video_and_its_noise_levels(visitor: Visitor, served: tuple[Studio, str]) -> None:
+    visitor.choose("Model", "moving-far")
+    visitor.expect(visitor.page.get_by_label("Frames, with those given")).to_have_value("20")
+    visitor.page.get_by_label("number input for Images per class").fill("1")
+    visitor.page.keyboard.press("Tab")
+    visitor.button("Generate").click()
+    visitor.finish()
+    visitor.expect(visitor.page.locator("#run-video video")).to_be_visible()
+    visitor.expect(visitor.page.locator("#run-step")).to_contain_text("20 of 20 frames finished")
+    assert list(served[0].library.files.rglob("*.mp4")) and list(served[0].library.files.rglob("*.gif"))
+    visitor.tab("Inspect")
+    visitor.page.get_by_role("tab", name="Wavefront").click()
+    visitor.expect(visitor.page.locator("#wave-result")).to_contain_text("20 frames in 60 evaluations", timeout=WAIT)

@@ -221,6 +221,7 @@ def predict(
         partial.write_text(prediction_table(report))
     print(prediction_table(report))
     sheet(pictures / "far-prediction.png", shown, 5, range(20))
+    sheet(pictures / "far-strip.png", shown[:4], 5, range(20))
 
 
 def compare(pipe: Any, truth: Tensor, found: Tensor, kind: Kind) -> dict[str, dict[str, list[float]]]:

@@ -135,11 +135,12 @@ def test_guidance_is_a_curve_that_is_dragged(visitor: Visitor, served: tuple[Stu
     visitor.page.get_by_text("Sampler and guidance").click()
     points = visitor.page.locator("#guidance-curve circle")
     visitor.expect(points).to_have_count(5)
+    points.nth(2).scroll_into_view_if_needed()
     box = points.nth(2).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     visitor.page.mouse.move(x, y)
     visitor.page.mouse.down()
-    visitor.page.mouse.move(x, y - 300)  # far above: as high as it goes
+    visitor.page.mouse.move(x, y - 150)  # far above: as high as it goes
     visitor.page.mouse.up()
     visitor.expect(points.nth(2)).to_have_attribute("aria-valuenow", "1.00")
     points.nth(0).focus()

@@ -114,7 +114,8 @@ def setting_names(pipeline: Any, sampler: str | None) -> dict[str, Any]:
 
 def other_settings(pipeline: Any, request: Request) -> str:
     """Settings of a request that differ from the model's own and have no control of their own, as lines."""
-    return "\n".join(f"{name}={_plain(value)}" for name, value in changed(pipeline, request).items() if _listed(name))
+    found = changed(pipeline, request)
+    return "\n".join(f"{name}={flag_text(value)}" for name, value in found.items() if _listed(name))
 
 
 def changed(pipeline: Any, request: Request) -> dict[str, Any]:
@@ -127,7 +128,8 @@ def _listed(name: str) -> bool:
     return name not in (*NAMED, *VIDEO_NAMED, *GIVEN, "context", "actions")
 
 
-def _plain(value: Any) -> str:
+def flag_text(value: Any) -> str:
+    """A setting's value as the command line reads it."""
     if isinstance(value, list):  # a curve of guidance
         return ":".join(f"{point:g}" for point in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -173,9 +175,9 @@ def _command(pipeline: Any, request: Request, differing: dict[str, Any]) -> str:
         if name == "context":
             words += ["--context", "CLIP"]
         elif name in (*NAMED, *VIDEO_NAMED):
-            words += [f"--{name.replace('_', '-')}", _plain(value)]
+            words += [f"--{name.replace('_', '-')}", flag_text(value)]
         elif name != "actions":
-            words += ["--set", f"{name}={_plain(value)}"]
+            words += ["--set", f"{name}={flag_text(value)}"]
     return shlex.join([*words, "--out", "samples/"])
 
 

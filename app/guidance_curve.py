@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from vgen.app.forms import flag_text
 from vgen.samplers.logits import read_schedule
 
 POINTS = 6  # of a model whose steps are no scales
@@ -63,14 +64,14 @@ const draw = (curve = points(), held = -1) => {
   for (const button of part('.vgen-presets').children)
     button.setAttribute('aria-pressed', String(PRESETS[button.textContent](curve.length) === props.value));
 };
-const keep = (curve) => { props.value = named(curve); trigger('change'); draw(); };
+const keep = (curve) => { props.value = named(curve); draw(); };
 const start = () => {
   const presets = part('.vgen-presets'), svg = part('svg');
   if (!presets || presets.children.length) return;
   presets.innerHTML = Object.keys(PRESETS).map((name) => `<button type="button">${name}</button>`).join('');
   presets.addEventListener('click', (event) => {
     const name = event.target.closest('button')?.textContent;
-    if (name) { props.value = PRESETS[name](Math.max(2, props.points)); trigger('change'); draw(); }
+    if (name) { props.value = PRESETS[name](Math.max(2, props.points)); draw(); }
   });
   let curve = null, held = -1;
   const move = (event) => {
@@ -119,10 +120,9 @@ def guidance_curve(pipeline: Any, own: dict[str, Any]) -> gr.HTML:
 
 def curve_properties(pipeline: Any, values: dict[str, Any]) -> dict[str, Any]:
     """What the editor shows of settings: shares of the scale at each of a next-scale model's scales, or so many."""
-    schedule = read_schedule(values.get("guidance_schedule", "linear"))
     scales = getattr(pipeline.tokenizer, "scales", None)
     return {
-        "value": schedule if isinstance(schedule, str) else ":".join(f"{point:g}" for point in schedule),
+        "value": flag_text(read_schedule(values.get("guidance_schedule", "linear"))),
         "guidance": values.get("guidance_scale", 1),
         "points": max(2, len(scales)) if scales else POINTS,
         "what": "scale" if scales else "",

@@ -19,6 +19,7 @@ def model_card(
         "data": f"{config.data}, train split",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "command": f"`{command}`",
+        **({"begun with": f"`{config.init_from}`"} if config.init_from else {}),
         "steps": f"{config.steps}, batch {config.batch_size}",
         "time": f"{cpu_seconds / 60:.0f} CPU-minutes of training steps ({seconds / 60:.0f} minutes of wall clock)",
         "code revision": revision(),

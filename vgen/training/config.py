@@ -29,6 +29,7 @@ class TrainingConfig:
     family: str  # "multiscale" or "vqgan" for tokenizers; "var", "far", ... for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide
     tokenizer: str | None = None  # folder of the trained tokenizer, for generators; "far" may fit one
+    init_from: str | None = None  # a trained model of the same settings to begin with: bundled, or a folder
     image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on
     flip: bool = False  # horizontal flips: at random; for generators as a second copy of the tokens for generators
     crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
@@ -111,6 +112,8 @@ class TrainingConfig:
             raise SettingError(f"video settings serve the family 'far', not {self.family!r}: leave them out")
         if self.loop and self.family != "recurrent":
             raise SettingError(f"loop settings serve the family 'recurrent', not {self.family!r}: leave them out")
+        if self.init_from and self.kind == "classifier":
+            raise SettingError(f"init_from is {self.init_from!r}, but a classifier begins anew: leave it out")
         if self.kind == "generator" and not self.tokenizer and self.family != "far":
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vgen.hub import load, load_tokenizer
 from vgen.training.config import TrainingConfig
 from vgen.types import SettingError
 
@@ -25,3 +26,30 @@ def build_model(
         return families[config.family](**decided, **settings)
     except TypeError as error:
         raise SettingError(f"model settings of {config.name}: {error}") from error
+
+
+def start_from(model: Any, name: str) -> None:
+    """Give `model` the weights of a trained one: a tokenizer's, or those of a pipeline's generator.
+
+    Raises SettingError where that is of another class or has other settings, CheckpointError where it is damaged.
+    """
+    if hasattr(model, "encode"):
+        trained = load_tokenizer(name, device="cpu", dtype=torch.float32)[0]
+    else:
+        trained = load(name, device="cpu", dtype=torch.float32).generator
+    if type(trained) is not type(model):
+        raise SettingError(
+            f"init_from is {name!r}, a {type(trained).__name__}: it must be a {type(model).__name__}, as is trained"
+        )
+    ours, theirs = ({key: value for key, value in found.config.items() if key[0] != "_"} for found in (model, trained))
+    for key, value in ours.items():
+        if plain(value) != plain(theirs.get(key)):
+            raise SettingError(
+                f"init_from is {name!r}, whose {key} is {theirs.get(key)}, here {value}: make them equal"
+            )
+    model.load_state_dict(trained.state_dict())
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON would give them back: tuples as lists."""
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

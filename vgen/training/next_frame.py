@@ -50,6 +50,8 @@ class Phase:
     digits: int | list[int] = 1
     speed: float | list[float] | None = None  # pixels per frame, or bounds; None: OpenSTL's
     directions: int | None = None  # 4 or 8: steps of whole pixels; None: any angle
+    frames: int | None = None  # of a clip; None: as many as `video.frames` says
+    rollout: int = 0  # two-copies: up to so many passes put the model's own frames into the clean copies, against drift
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
@@ -58,6 +60,8 @@ class Phase:
             raise SettingError(f"noise_mean is {self.noise_mean}: it must be finite")
         if isinstance(self.speed, list) and len(self.speed) != 2:
             raise SettingError(f"speed is {self.speed}: give pixels per frame, or two bounds")
+        if self.rollout < 0:
+            raise SettingError(f"rollout is {self.rollout}: it must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,9 @@ class VideoTraining:
     """What a run on clips decides beside a TrainingConfig: its `video` settings."""
 
     size: int = 64  # of the frames in pixels
-    frames: int = 10  # of a training clip
+    frames: int = 10  # of a clip, in training unless its phase says otherwise, and in evaluation
     stride: int = 1  # folders of videos: take every so many-th frame
-    context_frames: int = 5  # that evaluation predicts the others from
+    context_frames: int = 5  # that evaluation, and a phase's rollout, predict the others from
     scheme: str = "two-copies"
     clean_ratio: float = 0.1  # clean-context: share of frames that are left clean
     context_noise: float = 0.0  # two-copies: clean copies get up to this noise level, against drift
@@ -78,10 +82,13 @@ class VideoTraining:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise SettingError(f"video.scheme is {self.scheme!r}: use one of {', '.join(SCHEMES)}")
-        if not 0 < self.context_frames < self.frames:
-            raise SettingError(
-                f"video.context_frames is {self.context_frames} of {self.frames} frames: leave at least one to predict"
-            )
+        for frames in [self.frames, *(phase.frames for phase in self.phases if phase.frames is not None)]:
+            if not 0 < self.context_frames < frames:
+                raise SettingError(
+                    f"video.context_frames is {self.context_frames} of {frames} frames: leave at least one to predict"
+                )
+        if self.scheme != "two-copies" and any(phase.rollout for phase in self.phases):
+            raise SettingError(f"video.scheme is {self.scheme!r}: a phase's rollout needs two-copies")
         for name in ("clean_ratio", "context_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"video.{name} is {getattr(self, name)}: it must be from 0 to below 1")
@@ -107,8 +114,9 @@ class NextFrameTask:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config, self.video = config, video_training(config.video)
-        self.sources = [self._source("train", phase) for phase in self.video.phases]
-        self.held_out = self._source("test", self.video.phases[-1])
+        frames = self.video.frames
+        self.sources = [self._source("train", phase, phase.frames or frames) for phase in self.video.phases]
+        self.held_out = self._source("test", self.video.phases[-1], frames)
         self.codec = self._codec()
         channels, side, _ = self.codec.latent_shape
         self.class_names = list(self.held_out.class_names) if self.video.conditional else []
@@ -125,13 +133,13 @@ class NextFrameTask:
         self.model.init_weights(gate=config.model.get("init_gate", 0.0))
         self._check_sampling()
 
-    def _source(self, split: str, phase: Phase) -> ClipSource:
+    def _source(self, split: str, phase: Phase, frames: int) -> ClipSource:
         config, video = self.config, self.video
         if config.data != MOVING_DIGITS:
-            return VideoFolder(config.data, split, video.size, video.frames, video.stride)
+            return VideoFolder(config.data, split, video.size, frames, video.stride)
         speed = tuple(phase.speed) if isinstance(phase.speed, list) else phase.speed
         law: dict[str, Any] = {"digits": phase.digits, "speed": speed, "directions": phase.directions}
-        return MovingDigits(config.data_root, split, video.size, frames=video.frames, seed=config.seed, **law)
+        return MovingDigits(config.data_root, split, video.size, frames=frames, seed=config.seed, **law)
 
     def _check_sampling(self) -> None:
         """Wrong `sample_settings` show before the first step, not at the first evaluation or after the last step."""
@@ -169,23 +177,19 @@ class NextFrameTask:
     # ---- what the trainer asks for
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Clips (B, F, 1 or 3, S, S) uint8, class ids (B,), and the mean of the logit of their noise levels (B,)."""
-        clips, labels, means = [], [], []
-        for index in indices.tolist():
-            number = self._phase(index)
-            clip, label = self._example(self.sources[number], index)
-            clips.append(clip)
-            labels.append(label)
-            means.append(self.video.phases[number].noise_mean)
+        """Clips (B, F, 1 or 3, S, S) uint8, class ids (B,), and the number of the phase they belong to."""
+        number = self._phase(int(indices[0]))
+        examples = [self._example(self.sources[number], index) for index in indices.tolist()]
+        clips, labels = zip(*examples, strict=True)
         found = torch.cat(clips)
         if self.config.flip:
             flipped = np.random.default_rng(seed).random(len(found)) < 0.5
             found[flipped] = found[flipped].flip(-1)
-        return found, torch.cat(labels), torch.tensor(means)
+        return found, torch.cat(labels), torch.tensor(number)
 
     def _phase(self, index: int) -> int:
-        """Number of the phase that an example of the run belongs to."""
-        share = index / (self.config.steps * self.config.batch_size)
+        """Number of the phase that an example of the run belongs to, the same for all of a step."""
+        share = index // self.config.batch_size / self.config.steps
         return next(i for i, phase in enumerate(self.video.phases) if share < phase.until)
 
     def _example(self, source: ClipSource, index: int) -> tuple[Tensor, Tensor]:
@@ -201,16 +205,44 @@ class NextFrameTask:
     def loss(
         self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        clips, labels, means = batch
-        clean = self._latents(clips)
-        sigma = draw_levels(means.cpu(), clean.shape[1], rng).to(clean.device)
-        losses, counted = self._losses(model, clean, sigma, self._labels(labels, rng), rng)
+        clips, ids, number = batch
+        phase, clean, labels = self.video.phases[number], self._latents(clips), self._labels(ids, rng)
+        sigma = draw_levels(torch.full((len(clean),), phase.noise_mean), clean.shape[1], rng).to(clean.device)
+        passes = int(torch.randint(phase.rollout + 1, (), generator=rng)) if phase.rollout else 0
+        seen = self._rolled_out(model, clean, labels, passes, rng)
+        losses, counted = self._losses(model, clean, sigma, labels, rng, seen)
         return mean_of_counted(losses, counted), {}
 
+    @torch.no_grad()
+    def _rolled_out(
+        self, model: nn.Module, clean: Tensor, labels: Tensor | None, passes: int, rng: torch.Generator
+    ) -> Tensor:
+        """The clips as the model would have them after the frames that are given.
+
+        Each pass predicts all frames at once from pure noise and those before them, so that after n passes a frame
+        rests on up to n - 1 generations of the model's own frames: what it meets when sampling, to be mended from the
+        true frames that are still in sight (the pushforward trick of 2202.03376, for all frames in parallel).
+        """
+        seen, given = clean, self.video.context_frames
+        for _ in range(passes):
+            noise = torch.randn(clean.shape, generator=rng).to(clean.device)
+            velocity = model(noise, torch.full_like(clean[:, :, 0, 0, 0], TIMESTEPS), labels, clean=seen)
+            seen = torch.cat([clean[:, :given], (noise - velocity)[:, given:].to(clean.dtype)], 1)
+        return seen
+
     def _losses(
-        self, model: nn.Module, clean: Tensor, sigma: Tensor, labels: Tensor | None, rng: torch.Generator
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None,
+        rng: torch.Generator,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The squared error of what the network predicts, of each frame (B, F), and which frames count."""
+        """The squared error of what the network predicts, of each frame (B, F), and which frames count.
+
+        With two copies, `seen` is what it sees of frames before; None: the clean ones.
+        """
         noise = torch.randn(clean.shape, generator=rng).to(clean.device)
         counted = torch.ones_like(sigma, dtype=torch.bool)
         if self.video.scheme == "clean-context":
@@ -220,7 +252,7 @@ class NextFrameTask:
         level = sigma.where(counted, 0)[..., None, None, None]
         noisy = torch.lerp(clean, noise, level)
         times = (TIMESTEPS * sigma).where(counted, CLEAN)
-        context = self._context(clean, rng) if self.video.scheme == "two-copies" else None
+        context = self._context(clean if seen is None else seen, rng) if self.video.scheme == "two-copies" else None
         velocity = model(noisy, times, labels, clean=context)
         error = velocity - (noise - clean)
         if self.model.config["prediction"] == "sample":  # of x0 = z - sigma v

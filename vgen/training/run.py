@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from vgen.files import atomic_file
 from vgen.training.config import TrainingConfig
+from vgen.training.families import start_from
 from vgen.training.trainer import Task, Trainer, checkpoints
 from vgen.types import SettingError
 
@@ -28,6 +29,8 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     with PartialState(cpu=on_cpu).main_process_first():  # the first process caches tokens, the others read them
         task = build_task(config)
+        if config.init_from and not resume:
+            start_from(task.model, config.init_from)
     if not resume:
         with atomic_file(out / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

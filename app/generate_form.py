@@ -25,7 +25,7 @@ from vgen.app.forms import (
     setting_names,
     whole,
 )
-from vgen.app.guidance_curve import curve_properties, guidance_curve
+from vgen.app.guidance_curve import curve_properties, curve_surroundings, guidance_curve
 from vgen.app.parts import PRIVATE, QUICK, friendly, short, status_html, step_html
 from vgen.media import read_request
 from vgen.pipelines.base import EDIT
@@ -183,8 +183,8 @@ class GenerateForm:
         self.sampler.input(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
         self.reset.click(self.choose_sampler, [self.model, self.sampler], self.settings, **PRIVATE)
         self.guidance_scale.change(
-            lambda scale: gr.HTML(guidance=scale),
-            [self.guidance_scale],
+            self._around_curve,
+            [self.model, self.guidance_scale],
             [self.guidance_schedule],
             **QUICK,
             trigger_mode="always_last",
@@ -194,7 +194,7 @@ class GenerateForm:
         self.thumbnails.click(friendly(self.add_class), [self.model, self.classes], [self.classes], **QUICK)
         self.dropped.upload(self.restore, [self.dropped], self.filling, **PRIVATE)
         page.load(self.draw_thumbnails, [self.model], [self.thumbnails], **PRIVATE)
-        page.load(self.restore_link, None, self.filling, **PRIVATE)
+        page.load(self.restore_link, [self.model], self.filling, **PRIVATE)
 
     # ---- what it says
 
@@ -273,6 +273,10 @@ class GenerateForm:
             gr.Number(value=values.get("context_frames")),
         ]
 
+    def _around_curve(self, model: str, guidance: float) -> Any:
+        """The curve's editor with its value as it is."""
+        return gr.HTML(**curve_surroundings(self.studio.models.get(model), guidance))
+
     def draw_thumbnails(self, model: str) -> Any:
         """A picture of each class, sampled once for each checkpoint."""
         return friendly(self._thumbnails)(model)
@@ -293,10 +297,12 @@ class GenerateForm:
         """Fill the form from a file's request."""
         return friendly(lambda: self.fill(read_request(Path(path or ""))))()
 
-    def restore_link(self, request: gr.Request) -> list[Any]:
+    def restore_link(self, model: str, request: gr.Request) -> list[Any]:
         """Fill the form from a link that somebody shared; a broken one changes nothing."""
         text = dict(request.query_params).get("run") if request is not None else None
-        nothing = [gr.skip()] * len(self.filling)
+        nothing: list[Any] = [gr.skip()] * len(self.filling)
+        scale = setting_names(self.studio.models.get(model), None).get("guidance_scale", 1)
+        nothing[self.filling.index(self.guidance_schedule)] = self._around_curve(model, scale)
         if not text:
             return nothing
         try:

@@ -119,12 +119,23 @@ def guidance_curve(pipeline: Any, own: dict[str, Any]) -> gr.HTML:
 
 
 def curve_properties(pipeline: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """What the editor shows of settings: shares of the scale at each of a next-scale model's scales, or so many."""
-    scales = getattr(pipeline.tokenizer, "scales", None)
+    """What the editor shows of settings."""
     return {
         "value": flag_text(read_schedule(values.get("guidance_schedule", "linear"))),
-        "guidance": values.get("guidance_scale", 1),
+        "visible": "guidance_schedule" in values,
+        **curve_surroundings(pipeline, values.get("guidance_scale", 1)),
+    }
+
+
+def curve_surroundings(pipeline: Any, guidance: float) -> dict[str, Any]:
+    """What the editor shows around its value: shares of `guidance` at each of a next-scale model's scales, or so many.
+
+    Gradio forgets the properties of its own that an update of an HTML component leaves out, even all of them for
+    gr.skip(): every update of the editor must have these.
+    """
+    scales = getattr(pipeline.tokenizer, "scales", None)
+    return {
+        "guidance": guidance,
         "points": max(2, len(scales)) if scales else POINTS,
         "what": "scale" if scales else "",
-        "visible": "guidance_schedule" in values,
     }

@@ -1,6 +1,8 @@
 """Training next-frame generators: the law of noise, losses by their definition, phases, runs from clips to video."""
 
+import dataclasses
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from vgen.training.config import TrainingConfig, load_config
 from vgen.training.next_frame import NextFrameTask, draw_levels, mean_of_counted, video_training
 from vgen.training.run import build_task, start
 from vgen.training.trainer import StepBatches
-from vgen.types import SettingError
+from vgen.types import CheckpointError, SettingError
 
 MODEL = {"width": 16, "depth": 2, "heads": 2, "patch_size": 2, "rope_axes": [2, 2, 4], "init_gate": 0.5}
 LONG = MODEL | {"context_patch_size": 4, "window": 2}
@@ -211,6 +213,59 @@ def test_clean_copies_get_noise_up_to_the_level_asked_for(data: Path) -> None:
     torch.testing.assert_close(moved, 1 - found, rtol=0, atol=0.05)
 
 
+class Foreseer(Reader):
+    """A network to which every frame is a tenth of all that it sees before it, and 1; it keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, noisy: Tensor, times: Tensor, labels: Tensor | None, clean: Tensor | None = None) -> Tensor:
+        assert clean is not None
+        self.calls.append((noisy, times, clean))
+        found = 1 + 0.1 * (clean.cumsum(1) - clean)
+        return (noisy - found) / (times / 1000)[..., None, None, None]
+
+
+def test_rolled_out_frames_rest_on_the_models_own(data: Path) -> None:
+    task = task_of(data, {"frames": 5, "context_frames": 2})
+    clean = latents_of(task, clips_of(task, 3)[0])
+    wanted = [clean]
+    for _ in range(3):  # by hand, a frame at a time
+        seen = wanted[-1]
+        later = [1 + 0.1 * seen[:, :frame].sum(1) for frame in range(2, 5)]
+        wanted.append(torch.cat([clean[:, :2], torch.stack(later, 1)], 1))
+    for passes, frames in enumerate(wanted):
+        network = Foreseer()
+        found = task._rolled_out(network, clean, None, passes, seeded(passes))  # type: ignore[arg-type]
+        torch.testing.assert_close(found, frames, rtol=1e-4, atol=1e-4)
+        assert all((times == 1000).all() for _, times, _ in network.calls) and len(network.calls) == passes
+    settled = task._rolled_out(Foreseer(), clean, None, 9, seeded())  # type: ignore[arg-type]
+    again = task._rolled_out(Foreseer(), clean, None, 3, seeded(5))  # type: ignore[arg-type]
+    torch.testing.assert_close(settled, again)  # three frames to predict: after three passes all rest on predictions
+
+
+def test_a_phase_rolls_out_and_has_clips_of_its_own_length(data: Path) -> None:
+    phases = [{"until": 0.5}, {"frames": 6, "rollout": 2}]
+    task = task_of(data, {"phases": phases}, steps=10)
+    early, late = (task.batch(np.arange(first, first + 2), seed=0) for first in (0, 20))
+    assert (early[0].shape[1], late[0].shape[1]) == (4, 6) and task.held_out.clips([0])[0].shape[1] == 4
+    evaluations: dict[int, int] = {}
+    for seed in range(60):
+        network = Foreseer()
+        loss, _ = task.loss(network, late, seeded(seed))  # type: ignore[arg-type]
+        evaluations[len(network.calls)] = evaluations.get(len(network.calls), 0) + 1
+        seen, clean = network.calls[-1][2], latents_of(task, late[0])
+        own = (seen != clean).flatten(2).any(2)
+        assert not own[:, :2].any() and own[:, 2:].all() == (len(network.calls) > 1)
+        prediction = 1 + 0.1 * (seen.cumsum(1) - seen)  # compared with the true frames, whatever was seen
+        level = (network.calls[-1][1] / 1000)[..., None, None, None]
+        assert loss.item() == pytest.approx(float(((clean - prediction) / level).square().mean()), rel=1e-3)
+    assert set(evaluations) == {1, 2, 3} and min(evaluations.values()) > 9  # 20 each, 3 standard deviations
+    network = Foreseer()
+    task.loss(network, early, seeded())  # type: ignore[arg-type]
+    assert len(network.calls) == 1
+
+
 def test_far_long_counts_the_frames_of_its_window_alone(data: Path) -> None:
     long = {"scheme": "clean-context", "clean_ratio": 0.0, "frames": 5}
     task, network = task_of(data, long, model=LONG), Reader()
@@ -257,13 +312,13 @@ def test_phases_change_at_their_share_of_the_run_and_no_clip_repeats(data: Path)
     task: Any = build_task(config)
     batches: Any = StepBatches(task, config, 0, 1)
     parts = [batches[i] for i in range(len(batches))]
-    clips, means = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
-    assert means.tolist() == [2.0] * 10 + [1.5] * 10 + [0.0] * 20
+    clips, phases = torch.cat([part[0] for part in parts]), [int(part[2]) for part in parts for _ in part[0]]
+    assert phases == [0] * 12 + [1] * 8 + [2] * 20  # of ten steps of four clips: whole steps, up to 0.25 and 0.5
     assert len({clip.numpy().tobytes() for clip in clips}) == 40
     still = (clips == clips[:, :1]).flatten(1).all(1)
-    assert still[:10].all() and not still[10:].any()
+    assert still[:12].all() and not still[12:].any()
     laws: list[dict[str, Any]] = [{"speed": 0}, {"speed": (3, 4)}, {"digits": 2, "directions": 8, "speed": 2}]
-    for law, index in zip(laws, (9, 10, 20), strict=True):
+    for law, index in zip(laws, (11, 12, 20), strict=True):
         source = MovingDigits(data, "train", 64, frames=4, seed=3, **law)
         assert torch.equal(clips[index], source.clips([index])[0][0])
     assert task.held_out.counts == (2,) and task.held_out.split == "test"  # of the last phase
@@ -385,6 +440,41 @@ def test_a_resumed_run_equals_an_unbroken_one(config: TrainingConfig, trained: P
     assert len(set(losses)) == 6 and all(map(math.isfinite, losses))
 
 
+def test_a_run_begins_with_a_trained_model(config: TrainingConfig, trained: Path, tmp_path: Path) -> None:
+    first = shutil.copytree(trained / "model", tmp_path / "first")
+    model = config.model | {"init_gate": 0.2}  # of no effect
+    changes: dict[str, Any] = {"init_from": str(first), "tokenizer": str(first), "lr": 1e-9, "seed": 8}
+    further = dataclasses.replace(config, model=model, **changes)
+    found = start(further, tmp_path / "whole")
+    before, after = weights(trained / "model"), weights(found)
+    assert same(before, after) and before.keys() == after.keys()  # at this rate, in half precision
+    assert f"| begun with | `{first}` |" in (found / "README.md").read_text()
+    run_until(further, tmp_path / "broken", 2)
+    shutil.rmtree(first / "generator")  # a run that goes on no longer needs it
+    start(further, tmp_path / "broken", resume=True)
+    assert same(checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "broken", 6))
+    with pytest.raises(CheckpointError, match=r"cannot load .*generator"):
+        start(further, tmp_path / "anew")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": MODEL | {"width": 32, "rope_axes": [4, 4, 8]}}, r"whose width is 16, here 32: make them equal"),
+        ({"model": MODEL | {"prediction": "sample"}}, r"whose prediction is velocity, here sample"),
+        ({"init_from": "fashion-var"}, r"init_from is 'fashion-var', a VAR: it must be a FAR"),
+        ({"init_from": "nowhere"}, r"unknown model 'nowhere'"),
+    ],
+)
+def test_what_a_run_cannot_begin_with_is_one_line(
+    config: TrainingConfig, trained: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    wrong = dataclasses.replace(config, **{"init_from": str(trained / "model")} | changes)
+    with pytest.raises(SettingError, match=says) as caught:
+        start(wrong, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
 def test_a_finished_model_loads_and_continues_its_own_clips(trained: Path, data: Path) -> None:
     pipeline = vgen.load(trained / "model")
     assert type(pipeline.generator) is FAR and type(pipeline.tokenizer) is PatchPCA
@@ -458,6 +548,9 @@ def test_settings_are_taken_in_their_own_types() -> None:
         ({"frames": "ten"}, r"video.frames is 'ten': expected a value of type int"),
         ({"context_frames": 4, "frames": 4}, r"video.context_frames is 4 of 4 frames"),
         ({"context_frames": 0}, r"video.context_frames is 0 of 10 frames"),
+        ({"phases": [{"frames": 5}]}, r"video.context_frames is 5 of 5 frames"),
+        ({"phases": [{"rollout": -1}]}, r"rollout is -1: it must be at least 0"),
+        ({"scheme": "clean-context", "phases": [{"rollout": 1}]}, r"a phase's rollout needs two-copies"),
         ({"clean_ratio": 1}, r"video.clean_ratio is 1.0: it must be from 0 to below 1"),
         ({"context_noise": -0.1}, r"video.context_noise is -0.1"),
     ],
@@ -510,12 +603,13 @@ def test_a_tokenizer_must_be_a_codec_of_frames_of_this_size(data: Path, tmp_path
 def test_the_preset_is_possible_and_its_mistakes_are_one_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preset = load_config("moving-far")
+    base, preset = load_config("moving-far-base"), load_config("moving-far")
+    assert [phase.until for phase in video_training(base.video).phases] == [0.2, 0.65, 0.85, 1.0]
     video = video_training(preset.video)
-    assert [phase.until for phase in video.phases] == [0.2, 0.65, 0.85, 1.0]
     assert preset.sample_settings["context_frames"] <= video.frames
+    assert preset.init_from == preset.tokenizer == f"runs/{base.name}/model" and preset.model == base.model
     monkeypatch.chdir(tmp_path)
-    command = ["train", "generator", "--preset", "moving-far", "--data-root", str(data), "--set", "video.sise=3"]
+    command = ["train", "generator", "--preset", "moving-far-base", "--data-root", str(data), "--set", "video.sise=3"]
     assert cli.main(command) == 2
     found = capsys.readouterr()
     assert found.out == "" and len(found.err.splitlines()) == 1 and "'video.sise'" in found.err

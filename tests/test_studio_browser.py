@@ -132,6 +132,7 @@ def test_a_picture_fills_the_form_and_comes_out_again(visitor: Visitor, served: 
 
 def test_guidance_is_a_curve_that_is_dragged(visitor: Visitor, served: tuple[Studio, str]) -> None:
     visitor.fixed_seed(9)
+    visitor.expect(visitor.page.locator("button[data-class='9']")).to_be_visible()  # what the page asks for has come
     visitor.page.get_by_text("Sampler and guidance").click()
     points = visitor.page.locator("#guidance-curve circle")
     visitor.expect(points).to_have_count(5)
@@ -160,6 +161,7 @@ def test_guidance_is_a_curve_that_is_dragged(visitor: Visitor, served: tuple[Stu
     visitor.page.get_by_label("number input for Guidance scale").fill("5")
     visitor.page.keyboard.press("Tab")
     visitor.expect(points.nth(2)).to_have_attribute("aria-valuetext", "5")
+    visitor.expect(points.nth(2)).to_have_attribute("aria-label", "Guidance at scale 3 of 5")
     visitor.button("Generate").click()
     visitor.finish()
     visitor.page.get_by_text("Copy as", exact=True).first.click()

@@ -113,6 +113,25 @@ def test_a_restored_form_asks_for_the_same_again(studio: Studio, tab: HistoryTab
     assert to_request(studio.models.get("tiny"), ask) == job.view.request
 
 
+def test_no_update_of_the_curve_leaves_out_what_is_around_it(studio: Studio) -> None:
+    """Gradio forgets the properties of an HTML component that an update does not have."""
+    link = SimpleNamespace(query_params={"run": "broken"})
+    with gr.Blocks(analytics_enabled=False):
+        generate = GenerateTab(studio, gr.BrowserState(None), gr.BrowserState(None))
+    curve = generate.guidance_schedule
+    updates = [
+        generate.restore_link("tiny", SimpleNamespace(query_params={}))[generate.filling.index(curve)],
+        generate.restore_link("tiny", link)[generate.filling.index(curve)],
+        generate._around_curve("tiny", 3.5),
+        generate.choose_sampler("tiny", "next-scale")[generate.settings.index(curve)],
+    ]
+    found = [update._constructor_args[0] for update in updates]
+    scales = len(studio.models.get("tiny").tokenizer.scales)
+    assert [(made["points"], made["what"]) for made in found] == [(scales, "scale")] * 4
+    assert [made["guidance"] for made in found] == [2.0, 2.0, 3.5, 2.0]
+    assert ["value" in made for made in found] == [False, False, False, True]
+
+
 def test_deleted_files_vanish_at_once_and_come_back(studio: Studio, tab: HistoryTab) -> None:
     sample(studio, per_class=3)
     first, second, third = ids(studio)

@@ -28,9 +28,7 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
     # Without GPUs accelerate joins the processes of torchrun only where it is told to use the CPU.
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     with PartialState(cpu=on_cpu).main_process_first():  # the first process caches tokens, the others read them
-        task = build_task(config)
-        if config.init_from and not resume:
-            start_from(task.model, config.init_from)
+        task = build_task(config, resume)
     if not resume:
         with atomic_file(out / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -40,7 +38,15 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
     return trainer.run()
 
 
-def build_task(config: TrainingConfig) -> Task:
+def build_task(config: TrainingConfig, resume: bool = False) -> Task:
+    """The task, with a model that begins as the configuration says unless a checkpoint will be loaded into it."""
+    task = _task(config)
+    if config.init_from and not resume:
+        start_from(task.model, config.init_from)
+    return task
+
+
+def _task(config: TrainingConfig) -> Task:
     if config.kind == "tokenizer":
         from vgen.training.tokenizers import TokenizerTask
 

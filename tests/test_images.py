@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from tiny import pattern, tiny_pipeline, write_mnist
+from tiny import pattern, tiny_pipeline, write_folder, write_mnist
 
 from vgen import __version__
 from vgen.batch import plan, sample_to_files
+from vgen.data import folder_files
 from vgen.evaluation import images as module
 from vgen.evaluation.images import ArrayImages, FileImages, ImageSet, SplitImages, chunks, open_images
 from vgen.types import SettingError
@@ -792,6 +793,23 @@ def test_a_split_is_read_in_order(tmp_path: Path, name: str, folder: str, split:
 def test_a_data_set_without_a_split_names_them(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingError, match=r"names no split: write fashion-mnist:test or fashion-mnist:train"):
         open_images(text, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_folder_has_the_splits_that_training_makes_of_it(tmp_path: Path, divided: bool) -> None:
+    folder = tmp_path / "photos"
+    for part in ("train", "test") if divided else ("",):
+        write_folder(folder / part, each=15 if part != "test" else 3)
+    held_out = open_images(f"{folder}:test")
+    learnt = open_images(f"{folder}:train")
+    assert (len(held_out), len(learnt)) == ((9, 45) if divided else (2, 43))
+    for images, split in ((held_out, "test"), (learnt, "train")):
+        assert sorted(entry.name for entry in images.entries) == sorted(  # type: ignore[attr-defined]
+            str(path.relative_to(folder)) for path, _ in folder_files(folder, split)[0]
+        )
+    (tmp_path / "photos:test").mkdir()  # what is really there comes first
+    with pytest.raises(SettingError, match="no images in"):
+        open_images(f"{folder}:test")
 
 
 def test_the_data_root_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,11 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
     return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), class_names)
 
 
-def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSource:
+def folder_files(folder: Path, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
+    """The images of a folder of class folders that a split has, each with its class, and the classes' names.
+
+    Where the folder holds no train/ and test/, every 20th image is of the test split. Raises SettingError.
+    """
     if not folder.is_dir():
         raise SettingError(
             f"data {str(folder)!r} is neither a folder nor one of {', '.join(BUILT_IN)}: give one of these"
@@ -177,6 +181,11 @@ def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSo
     if not divided and len(files) >= HELD_OUT_EVERY:
         held_out = set(files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         files = [file for file in files if (file in held_out) == (split == "test")]
+    return files, names
+
+
+def _open_folder(folder: Path, split: str, size: int, channels: int) -> FolderSource:
+    files, names = folder_files(folder, split)
     return FolderSource([path for path, _ in files], torch.tensor([label for _, label in files]), names, size, channels)
 
 

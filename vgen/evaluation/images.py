@@ -23,7 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vgen.data import BUILT_IN, SUFFIXES, open_source
+from vgen.data import BUILT_IN, SUFFIXES, folder_files, open_source
 from vgen.evaluation.arrays import ArrayMember
 from vgen.media import KEY
 from vgen.progress import progress
@@ -72,6 +72,8 @@ class ImageSet(Protocol):
 def open_images(text: str, *, skip_broken: bool = False, data_root: Path | None = None) -> "ImageSet":
     """Open "fashion-mnist:test", a folder, an .npz or a .tar. Raises SettingError for anything else, or damaged files.
 
+    "photos:test" is what training on the folder "photos" holds out, "photos:train" what it learns from.
+
     With `skip_broken`, files that cannot be read are left out and named in `facts["broken"]`.
     """
     name, _, split = text.partition(":")
@@ -80,6 +82,10 @@ def open_images(text: str, *, skip_broken: bool = False, data_root: Path | None 
             raise SettingError(f"{text!r} names no split: write {name}:test or {name}:train")
         return SplitImages(text, data_root)
     path = Path(text).expanduser()
+    if split in ("train", "test") and not path.exists() and (folder := Path(name).expanduser()).is_dir():
+        wanted = {file for file, _ in folder_files(folder, split)[0]}
+        entries = [entry for entry in _folder_entries(folder) if folder / entry.name in wanted]
+        return FileImages(text, entries, skip_broken)
     if path.is_dir():
         tars = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".")
         entries = _folder_entries(path)

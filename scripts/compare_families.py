@@ -1,0 +1,258 @@
+"""All families on equal terms: `python scripts/compare_families.py measure`, then `times`, then `table`.
+
+`measure` samples each bundled model with each of its samplers under several seeds and judges the samples; `times` takes
+seconds per image of all of them in one run; `table` writes the table, also into the README, and the plot, from the two
+JSON files. Figures that a file holds already, for the same weights, are not measured again.
+"""
+
+import json
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from benchmark import by_turns
+
+from vgen import cli, hub
+from vgen.files import atomic_file
+
+ROOT = Path(__file__).parents[1]
+METRICS = "fid,sfid,kid,prc,accuracy,frechet,memorization"
+BATCHES = (1, 16)
+BEGIN, END = "<!-- compare_families: begin -->", "<!-- compare_families: end -->"
+app = typer.Typer(add_completion=False, help=__doc__)
+Results = Annotated[Path, typer.Option(help="Folder of the figures.")]
+Only = Annotated[str, typer.Option(help="Models, separated by commas; default: all.")]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with a sampler: a row of the table."""
+
+    model: str
+    sampler: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.model, self.sampler, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+ENTRIES = [
+    Entry("fashion-var", "next-scale"),
+    Entry("fashion-mvar", "next-scale"),
+    Entry("fashion-nfig", "next-scale"),
+    Entry("fashion-maskgit", "maskgit"),
+    Entry("fashion-maskgit", "maskgit", {"full_steps": 6, "partial_steps": 1}),
+    Entry("fashion-maskgit", "halton", {"steps": 8}),
+    Entry("fashion-maskgit", "first-hitting"),
+    Entry("fashion-recurrent", "raster"),
+    Entry("fashion-recurrent", "wave-exact"),
+    Entry("fashion-recurrent", "wave-df"),
+]
+
+
+def chosen(only: str) -> list[Entry]:
+    wanted = only.split(",") if only else hub.list_models()
+    return [entry for entry in ENTRIES if entry.model in wanted]
+
+
+@app.command()
+def measure(
+    only: Only = "",
+    per_class: Annotated[int, typer.Option(help="Images of each class and seed.")] = 500,
+    seeds: Annotated[int, typer.Option(help="How many sets of other seeds.")] = 3,
+    data_root: Annotated[str | None, typer.Option(help="Where Fashion-MNIST lies.")] = None,
+    results: Results = ROOT / "docs" / "results",
+) -> None:
+    """Judge what has not been judged yet."""
+    path = results / "families.json"
+    for entry in chosen(only):
+        pipeline = hub.load(entry.model, device="cpu")
+        known = asdict(entry) | {"checkpoint": pipeline.checkpoint(), "per_class": per_class}
+        for number in range(seeds):
+            rows = _read(path)
+            row = known | {"seed": number * per_class * pipeline.null_class}  # no image of one set is in another
+            if any(row.items() <= found.items() for found in rows):
+                continue
+            stale = [old for old in rows if _key(old) == _key(row) and not known.items() <= old.items()]
+            with tempfile.TemporaryDirectory() as folder:
+                report = _evaluate(entry, row, data_root, Path(folder) / "report.json")
+            one = pipeline([0], seeds=[0], sampler=entry.sampler, output_type="latent", **entry.settings)
+            row |= {"evaluations": one.evaluations, "metrics": report["metrics"], "protocol": report["lines"]["fid"]}
+            _write(path, [old for old in rows if old not in stale] + [row])
+            print(entry.name, row["seed"], {name: round(value, 4) for name, value in report["metrics"].items()})
+
+
+def _evaluate(entry: Entry, row: dict[str, Any], data_root: str | None, path: Path) -> dict[str, Any]:
+    """The JSON of `vgen evaluate`."""
+    command = ["evaluate", entry.model, "--per-class", str(row["per_class"]), "--seed", str(row["seed"])]
+    command += ["--sampler", entry.sampler, "--device", "cpu", "--json", str(path), "--metrics", METRICS]
+    command += ["--reference", "fashion-mnist:test", "--train", "fashion-mnist:train"]
+    command += [word for key, value in entry.settings.items() for word in ("--set", f"{key}={value}")]
+    if code := cli.main(command + (["--data-root", data_root] if data_root else [])):
+        raise SystemExit(code)
+    return json.loads(path.read_text())
+
+
+@app.command()
+def times(
+    only: Only = "",
+    repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 7,
+    results: Results = ROOT / "docs" / "results",
+) -> None:
+    """Seconds per image of all entries, turn by turn in one run of one thread."""
+    torch.set_num_threads(1)
+    entries = {entry.name: entry for entry in chosen(only)}
+    loaded = {entry.model: hub.load(entry.model, device="cpu") for entry in entries.values()}
+    found: dict[str, dict[str, float]] = {name: {} for name in entries}
+    for batch in BATCHES:
+
+        def work(entry: Entry, size: int = batch) -> Any:
+            labels, seeds = [i % 10 for i in range(size)], list(range(size))
+            return lambda: loaded[entry.model](labels, seeds=seeds, sampler=entry.sampler, **entry.settings)
+
+        taken = by_turns({name: work(entry) for name, entry in entries.items()}, repeats, "cpu")
+        for name, seconds in taken.items():
+            found[name][str(batch)] = median(seconds) / batch
+    _write(results / "families-times.json", {"repeats": repeats, "torch": torch.__version__, "seconds": found})
+
+
+@app.command()
+def table(
+    results: Results = ROOT / "docs" / "results",
+    readme: Annotated[Path, typer.Option(help="The table goes between its two marks.")] = ROOT / "README.md",
+) -> None:
+    """Write the table and the plot of what has been measured."""
+    rows, seconds = _read(results / "families.json"), _read(results / "families-times.json") or {"seconds": {}}
+    groups = {entry.name: (entry, _of(rows, entry)) for entry in ENTRIES}
+    groups = {name: group for name, group in groups.items() if group[1]}
+    text = markdown(groups, seconds["seconds"])
+    with atomic_file(results / "families.md") as partial:
+        partial.write_text(text)
+    old = readme.read_text()
+    if not re.search(f"{BEGIN}.*{END}", old, re.DOTALL):
+        raise typer.BadParameter(f"{readme} lacks the lines {BEGIN} and {END}")
+    with atomic_file(readme) as partial:
+        partial.write_text(old[: old.index(BEGIN)] + f"{BEGIN}\n{text}" + old[old.index(END) :])
+    plot(groups, seconds["seconds"], results / "families.png")
+
+
+def markdown(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], seconds: dict[str, dict[str, float]]) -> str:
+    """The table, and what its figures rest on."""
+    head = ["", "parameters", "tokens", "evaluations", "training, CPU-min", "ms/image, batch 1", "batch 16"]
+    head += ["FID", "KID x 1000", "precision", "recall", "class accuracy", "nearer than 1% of test images"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    spreads: dict[str, list[float]] = {}
+    for name, (entry, rows) in groups.items():
+        facts = model_facts(entry.model)
+        times_of = [f"{seconds[name][str(size)] * 1e3:.1f}" if name in seconds else "" for size in BATCHES]
+        cells = [f"`{entry.model}`, {name.removeprefix(entry.model + ' ')}", facts["parameters"], facts["tokens"]]
+        cells += [f"{rows[0]['evaluations']}", facts["minutes"], *times_of]
+        for metric, scale, digits in (
+            ("fid", 1, 2),
+            ("kid", 1000, 1),
+            ("precision", 1, 3),
+            ("recall", 1, 3),
+            ("accuracy", 100, 1),
+            ("nearer_than_reference", 100, 1),
+        ):
+            values = [scale * row["metrics"][metric] for row in rows]
+            unit = "%" if scale == 100 else ""
+            cells.append(f"{mean(values):.{digits}f}{unit}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else ""))
+            if values[1:]:
+                spreads.setdefault(metric, []).append(stdev(values))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", footnote(groups, spreads)]) + "\n"
+
+
+def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dict[str, list[float]]) -> str:
+    """Protocol and noise in words."""
+    rows = next(iter(groups.values()))[1]
+    number, sets = rows[0]["per_class"] * 10, max(len(found) for _, found in groups.values())
+    text = (
+        f"{number:,} samples a set, at each model's own settings, against the 10,000 test images: true FID Inception, "
+        f"legacy resize, float32. Mean ± standard deviation over up to {sets} sets of other sampling seeds; one seed of "
+        "training, so what training anew would change is not in it. Parameters and training with the tokenizer's; "
+        "times of one core."
+    )
+    if "fid" in spreads:
+        noise = 2 * max(spreads["fid"]) * 2**0.5
+        text += f" Of sampling noise alone two FIDs differ by {noise:.2f} at most (two standard deviations)."
+    return text
+
+
+def model_facts(model: str) -> dict[str, str]:
+    """Parameters, tokens and CPU-minutes of training, as the model and its cards say."""
+    pipeline = hub.load(model, device="cpu")
+    parts = (pipeline.generator, pipeline.tokenizer)
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in parts]
+    cards = (hub.ZOO / model / "README.md", hub.component_folders(hub.ZOO / model)["tokenizer"] / "README.md")
+    minutes = [_minutes(card.read_text()) for card in cards]
+    length = pipeline([0], seeds=[0], output_type="latent").tokens
+    count = sum(part.shape[1] for part in length) if isinstance(length, list) else length.shape[1]
+    both = (" + ".join(f"{size:.2f}" for size in sizes), " + ".join(str(found) for found in minutes))
+    return {"parameters": f"{both[0]} M", "tokens": str(count), "minutes": both[1]}
+
+
+def _minutes(card: str) -> int:
+    found = re.search(r"\| time \| (\d+) CPU-minutes", card)
+    if found is None:
+        raise SystemExit("a model card does not say how long it was trained: train it by scripts/train_zoo.py")
+    return int(found[1])
+
+
+def plot(
+    groups: dict[str, tuple[Entry, list[dict[str, Any]]]], seconds: dict[str, dict[str, float]], path: Path
+) -> None:
+    """FID and class accuracy against seconds of one image, each with its spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    models = list(dict.fromkeys(entry.model for entry, _ in groups.values()))
+    colours = dict(zip(models, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for axes, metric, label, scale in ((panels[0], "fid", "FID", 1), (panels[1], "accuracy", "class accuracy, %", 100)):
+        for name, (entry, rows) in groups.items():
+            if name not in seconds:
+                continue
+            values = [scale * row["metrics"][metric] for row in rows]
+            spread = stdev(values) if values[1:] else 0
+            place = (1e3 * seconds[name]["16"], mean(values))
+            axes.errorbar(*place, yerr=spread, fmt="o", capsize=3, color=colours[entry.model])
+            words = name.removeprefix("fashion-").replace(" next-scale", "")
+            axes.annotate(words, place, xytext=(6, 4), textcoords="offset points", fontsize=7.5)
+        axes.set(xscale="log", xlabel="ms per image of a batch of 16, one core", ylabel=label)
+        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.25)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
+    pyplot.close(figure)
+
+
+def _of(rows: list[dict[str, Any]], entry: Entry) -> list[dict[str, Any]]:
+    """An entry's rows, one for each set of seeds."""
+    return [row for row in rows if asdict(entry).items() <= row.items()]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["sampler"], json.dumps(row["settings"], sort_keys=True)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _write(path: Path, content: Any) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()

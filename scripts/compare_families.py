@@ -176,7 +176,7 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
     number, sets = rows[0]["per_class"] * 10, max(len(found) for _, found in groups.values())
     text = (
         f"{number:,} samples a set, at each model's own settings, against the 10,000 test images: true FID Inception, "
-        f"legacy resize, float32. Mean ± standard deviation over up to {sets} sets of other sampling seeds; one seed of "
+        f"legacy resize, float32. Mean ± standard deviation over up to {sets} sets of sampling seeds; one seed of "
         "training, so what training anew would change is not in it. Parameters and training with the tokenizer's; "
         "times of one core."
     )

@@ -69,7 +69,8 @@ def put(trained: Path, place: Path) -> Path:
             index = json.loads((partial / "model_index.json").read_text()) | {"_tokenizer_of": owner}
             (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         others = [path for path in place.parent.iterdir() if path.name[0] != "." and path != place]
-        size = sum(file.stat().st_size for folder in (*others, partial) for file in weight_files(folder))
+        files = [file for folder in (*others, partial) for file in folder.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
         if size > LIMIT:
             raise SettingError(f"with {place.name} the zoo has {size / 1e6:.2f} MB: {LIMIT / 1e6:.0f} at most")
     return place

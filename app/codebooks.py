@@ -108,8 +108,8 @@ def _encode(tokenizer: Any, images: Tensor) -> list[Tensor]:
 def held_out_images(pipeline: Any, count: int) -> Tensor | None:
     """Test images of the data set that has the model's classes, (n, 3, S, S) uint8; None where it is not on this
     machine: nothing is downloaded."""
-    for name, (_, classes) in BUILT_IN.items():
-        if pipeline.class_names == classes:
+    for name, known in BUILT_IN.items():
+        if pipeline.class_names == known.class_names:
             with contextlib.suppress(SettingError):
                 source = open_source(name, "test", pipeline.tokenizer.image_size, 3, download=False)
                 return source.images(spread(len(source.labels), count))

@@ -16,6 +16,7 @@ import vgen
 # DESIGN.md section 1: each floor stands only on those below it. A package may import from its own floor itself.
 FLOORS = [
     {"vgen", "vgen.types"},
+    {"vgen.emoji"},
     {
         "vgen.files",
         "vgen.memory",

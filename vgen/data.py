@@ -1,4 +1,4 @@
-"""Images to train on: torchvision's MNIST and Fashion-MNIST, or any folder of class folders.
+"""Images to train on: torchvision's MNIST and Fashion-MNIST, Noto's emoji, or any folder of class folders.
 
 Every source gives uint8 batches by index, so that a training step depends on (seed, step) alone.
 """
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen import emoji
 from vgen.types import SettingError
 
 HELD_OUT_EVERY = 20  # in folders that are not divided into train/ and test/
@@ -32,9 +33,22 @@ FASHION = [
     "bag",
     "ankle boot",
 ]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set known by name: its classes, and the size and channels that its images are evaluated in."""
+
+    class_names: list[str]
+    size: int
+    channels: int
+    torchvision: str | None = None  # its class there
+
+
 BUILT_IN = {
-    "fashion-mnist": ("FashionMNIST", FASHION),
-    "mnist": ("MNIST", [str(digit) for digit in range(10)]),
+    "fashion-mnist": DataSet(FASHION, 28, 1, "FashionMNIST"),
+    "mnist": DataSet([str(digit) for digit in range(10)], 28, 1, "MNIST"),
+    "noto-emoji": DataSet(emoji.NAMES, 32, 3),
 }
 
 
@@ -67,7 +81,8 @@ class MemorySource:
     class_names: list[str]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.pixels[:, 0].contiguous().numpy().tobytes()).hexdigest()
+        pixels = self.pixels[:, 0] if self.pixels.stride(1) == 0 else self.pixels  # grey ones are expanded
+        return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
     def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
         return self.pixels[torch.as_tensor(indices)]
@@ -119,26 +134,28 @@ def data_root(root: str | Path | None = None) -> Path:
 def open_source(
     name: str, split: str, size: int, channels: int, root: str | Path | None = None, download: bool = True
 ) -> ImageSource:
-    """Open "fashion-mnist", "mnist" or a folder of class folders; split is "train" or "test".
+    """Open "fashion-mnist", "mnist", "noto-emoji" or a folder of class folders; split is "train" or "test".
 
-    The two data sets are downloaded into `root` when they are not there, unless `download` is off. A folder may hold
+    The first two are downloaded into `root` when they are not there, unless `download` is off. A folder may hold
     train/ and test/; without them every 20th image is held out for testing. Raises SettingError where nothing can be
     trained on.
     """
-    if name in BUILT_IN:
+    if name in BUILT_IN and BUILT_IN[name].torchvision:
         return _open_torchvision(name, split, size, channels, data_root(root), download)
+    if name in BUILT_IN:
+        return _open_emoji(split, size, channels, data_root(root))
     return _open_folder(Path(name).expanduser(), split, size, channels)
 
 
 def _open_torchvision(name: str, split: str, size: int, channels: int, root: Path, download: bool) -> MemorySource:
     from torchvision import datasets  # slow to import, and not needed for folders
 
-    class_name, class_names = BUILT_IN[name]
+    known = BUILT_IN[name]
     if download:
         with suppress(OSError):  # a read-only place is fine where the files are there already
             root.mkdir(parents=True, exist_ok=True)
     try:
-        found = getattr(datasets, class_name)(root, train=split == "train", download=download)
+        found = getattr(datasets, known.torchvision or "")(root, train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         tried = f" and could not be downloaded ({error})" if download else ""
         raise SettingError(
@@ -149,7 +166,14 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
     if pixels.shape[-1] != size:
         resized = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
         pixels = resized.round().clamp(0, 255).to(torch.uint8)
-    return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), class_names)
+    return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), known.class_names)
+
+
+def _open_emoji(split: str, size: int, channels: int, root: Path) -> MemorySource:
+    if channels != 3:
+        raise SettingError("noto-emoji is in colour, but one channel was asked for: --set model.image_channels=3")
+    found, labels = emoji.pictures(split, size, root)
+    return MemorySource(torch.from_numpy(found).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), emoji.NAMES)
 
 
 def folder_files(folder: Path, split: str) -> tuple[list[tuple[Path, int]], list[str]]:

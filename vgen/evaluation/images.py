@@ -373,7 +373,7 @@ class ArrayImages:
 
 
 class SplitImages:
-    """A split of a data set that torchvision knows."""
+    """A split of a data set that is known by name."""
 
     cheap = True
     columns: tuple[str, ...] = ()
@@ -382,10 +382,13 @@ class SplitImages:
         known, _, split = name.partition(":")
         self.name = name
         self.warnings: list[str] = []
-        self.source = open_source(known, split, 28, 1, data_root)
+        size, channels = BUILT_IN[known].size, BUILT_IN[known].channels
+        self.source = open_source(known, split, size, channels, data_root)
         self.labels: list[int] | None = self.source.labels.tolist()
         self.label_names: list[str] | None = self.source.class_names
-        self.facts: dict[str, Any] = {"files": "data set", "size": "28x28", "grey": "as RGB"}
+        self.facts: dict[str, Any] = {"files": "data set", "size": _size((size, size))}
+        if channels == 1:
+            self.facts["grey"] = "as RGB"
 
     def __len__(self) -> int:
         return len(self.source.labels)

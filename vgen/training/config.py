@@ -24,9 +24,7 @@ class TrainingConfig:
 
     kind: str  # "tokenizer", "generator" or "classifier"
     name: str
-    data: (
-        str  # "fashion-mnist", "mnist", "noto-emoji" or a folder of classes; videos: "moving-mnist" or a folder of them
-    )
+    data: str  # "fashion-mnist", "mnist", "noto-emoji", a folder of classes; videos: "moving-mnist" or a folder
     data_root: str | None = None
     family: str  # "multiscale" or "vqgan" for tokenizers; "var", "far", ... for generators; "convnet" for classifiers
     model: dict[str, Any]  # keyword arguments of the model, less what data and tokenizer decide

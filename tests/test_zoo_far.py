@@ -74,15 +74,15 @@ def test_the_next_frame_is_predicted(videos: Tensor, clips: Tensor) -> None:
     truth, found = clips[:, 5:], videos[:, 5:10]
     copied = (clips[:, 4:5] - truth).square().mean((0, 2, 3))
     errors = (found - truth).square().mean((0, 2, 3))
-    assert float(errors[0] / copied[0]) < 0.4, errors / copied
-    assert float(errors.mean() / copied.mean()) < 0.6, errors / copied
+    assert float(errors[0] / copied[0]) < 0.3, errors / copied
+    assert float(errors.mean() / copied.mean()) < 0.35, errors / copied
 
 
 def test_digits_stay_and_go_on_moving(videos: Tensor) -> None:
     """After fifteen predicted frames there is about as much ink as at first, and it is elsewhere in every frame."""
     ink = videos.mean((2, 3))
     kept = ink[:, -1] / ink[:, 4]
-    assert float(((kept > 0.5) & (kept < 1.5)).float().mean()) >= 0.75, kept
+    assert float(((kept > 0.6) & (kept < 1.5)).float().mean()) >= 0.9, kept
     moved = (videos[:, 1:] - videos[:, :-1]).square().mean((2, 3))
     assert float((moved[:, 5:] / moved[:, :4].mean(1, keepdim=True)).median()) > 0.4
 

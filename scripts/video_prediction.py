@@ -163,9 +163,8 @@ def agreement(classifier: ImageClassifier, frames: Tensor, labels: Tensor) -> li
 
 def sheet(path: Path, clips: Sequence[tuple[str, np.ndarray]], given: int, columns: Sequence[int]) -> None:
     """A picture of named clips (F, S, S) in [0, 1], one below the other; frames that were given have a blue border."""
-    figure, axes = plt.subplots(
-        len(clips), len(columns), figsize=(0.62 * len(columns) + 1.7, 0.66 * len(clips) + 0.3), squeeze=False
-    )
+    height = 0.66 * len(clips) + 0.3
+    figure, axes = plt.subplots(len(clips), len(columns), figsize=(0.62 * len(columns) + 1.7, height), squeeze=False)
     for row, (name, clip) in zip(axes, clips, strict=True):
         for axis, number in zip(row, columns, strict=True):
             axis.imshow(clip[number], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -175,7 +174,7 @@ def sheet(path: Path, clips: Sequence[tuple[str, np.ndarray]], given: int, colum
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for axis, number in zip(axes[0], columns, strict=True):
         axis.set_title(str(number + 1), fontsize=7, pad=2)
-    figure.subplots_adjust(0.16, 0.01, 0.995, 0.95, 0.04, 0.06)
+    figure.subplots_adjust(0.16, 0.01, 0.995, 1 - 0.25 / height, 0.04, 0.06)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -71,7 +71,10 @@ def main(
     pipeline = hub.load(model, device="cpu")
     judge = QuickJudge("fashion-classifier", open_source("fashion-mnist", "test", 28, 1, data_root))
     shared = {"model": model, "checkpoint": pipeline.checkpoint(), "number": number, "guidance_scale": guidance_scale}
-    rows = json.loads(out.read_text()) if out.exists() else []
+    found = json.loads(out.read_text()) if out.exists() else []
+    rows = [
+        row for row in found if row["model"] != model or row["checkpoint"] == shared["checkpoint"]
+    ]  # no old weights
     for point in points():
         if only and point["sampler"] not in only.split(","):
             continue

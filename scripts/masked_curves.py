@@ -74,7 +74,7 @@ def main(
     found = json.loads(out.read_text()) if out.exists() else []
     rows = [
         row for row in found if row["model"] != model or row["checkpoint"] == shared["checkpoint"]
-    ]  # no old weights
+    ]
     for point in points():
         if only and point["sampler"] not in only.split(","):
             continue

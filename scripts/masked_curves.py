@@ -72,9 +72,7 @@ def main(
     judge = QuickJudge("fashion-classifier", open_source("fashion-mnist", "test", 28, 1, data_root))
     shared = {"model": model, "checkpoint": pipeline.checkpoint(), "number": number, "guidance_scale": guidance_scale}
     found = json.loads(out.read_text()) if out.exists() else []
-    rows = [
-        row for row in found if row["model"] != model or row["checkpoint"] == shared["checkpoint"]
-    ]
+    rows = [row for row in found if row["model"] != model or row["checkpoint"] == shared["checkpoint"]]
     for point in points():
         if only and point["sampler"] not in only.split(","):
             continue

@@ -164,4 +164,4 @@ def test_a_video_and_its_noise_levels(visitor: Visitor, served: tuple[Studio, st
     assert list(served[0].library.files.rglob("*.mp4")) and list(served[0].library.files.rglob("*.gif"))
     visitor.tab("Inspect")
     visitor.page.get_by_role("tab", name="Wavefront").click()
-    visitor.expect(visitor.page.locator("#wave-result")).to_contain_text("20 frames in 60 evaluations", timeout=WAIT)
+    visitor.expect(visitor.page.locator("#wave-result")).to_contain_text("20 frames in 30 evaluations", timeout=WAIT)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgen import hub
 from vgen.files import atomic_file
+from vgen.media import to_pil
 
 ROWS = {
     "fashion-var": "next scale",
@@ -75,8 +76,8 @@ def frame(rows: dict[str, Tensor]) -> Image.Image:
         top = TOP + number * step
         pen.text((8, top + 14), ROWS[name], fill="black", font=bold)
         pen.text((8, top + 34), name, fill="#666666", font=plain)
-        for column, pixels in enumerate(pictures):
-            canvas.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (LEFT + column * step, top))
+        for column, picture in enumerate(to_pil(pictures)):
+            canvas.paste(picture, (LEFT + column * step, top))
     return canvas
 
 

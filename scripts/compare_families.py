@@ -9,6 +9,7 @@ import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated, Any
@@ -79,12 +80,12 @@ def measure(
             row = known | {"seed": number * per_class * pipeline.null_class}  # no image of one set is in another
             if any(row.items() <= found.items() for found in rows):
                 continue
-            stale = [old for old in rows if _key(old) == _key(row) and not known.items() <= old.items()]
             with tempfile.TemporaryDirectory() as folder:
                 report = _evaluate(entry, row, data_root, Path(folder) / "report.json")
             one = pipeline([0], seeds=[0], sampler=entry.sampler, output_type="latent", **entry.settings)
             row |= {"evaluations": one.evaluations, "metrics": report["metrics"], "protocol": report["lines"]["fid"]}
-            _write(path, [old for old in rows if old not in stale] + [row])
+            kept = [old for old in rows if not _is_of(old, entry) or known.items() <= old.items()]  # no other weights
+            _write(path, [*kept, row])
             print(entry.name, row["seed"], {name: round(value, 4) for name, value in report["metrics"].items()})
 
 
@@ -129,7 +130,7 @@ def table(
 ) -> None:
     """Write the table and the plot of what has been measured."""
     rows, seconds = _read(results / "families.json"), _read(results / "families-times.json") or {"seconds": {}}
-    groups = {entry.name: (entry, _of(rows, entry)) for entry in ENTRIES}
+    groups = {entry.name: (entry, [row for row in rows if _is_of(row, entry)]) for entry in ENTRIES}
     groups = {name: group for name, group in groups.items() if group[1]}
     text = markdown(groups, seconds["seconds"])
     with atomic_file(results / "families.md") as partial:
@@ -186,6 +187,7 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
     return text
 
 
+@cache
 def model_facts(model: str) -> dict[str, str]:
     """Parameters, tokens and CPU-minutes of training, as the model and its cards say."""
     pipeline = hub.load(model, device="cpu")
@@ -193,10 +195,12 @@ def model_facts(model: str) -> dict[str, str]:
     sizes = [sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in parts]
     cards = (hub.ZOO / model / "README.md", hub.component_folders(hub.ZOO / model)["tokenizer"] / "README.md")
     minutes = [_minutes(card.read_text()) for card in cards]
-    length = pipeline([0], seeds=[0], output_type="latent").tokens
-    count = sum(part.shape[1] for part in length) if isinstance(length, list) else length.shape[1]
-    both = (" + ".join(f"{size:.2f}" for size in sizes), " + ".join(str(found) for found in minutes))
-    return {"parameters": f"{both[0]} M", "tokens": str(count), "minutes": both[1]}
+    first = next(pipeline.stream([0], seeds=[0]))
+    return {
+        "parameters": " + ".join(f"{size:.2f}" for size in sizes) + " M",
+        "tokens": str(first.known.shape[1]),
+        "minutes": " + ".join(map(str, minutes)),
+    }
 
 
 def _minutes(card: str) -> int:
@@ -236,13 +240,9 @@ def plot(
     pyplot.close(figure)
 
 
-def _of(rows: list[dict[str, Any]], entry: Entry) -> list[dict[str, Any]]:
-    """An entry's rows, one for each set of seeds."""
-    return [row for row in rows if asdict(entry).items() <= row.items()]
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["sampler"], json.dumps(row["settings"], sort_keys=True)
+def _is_of(row: dict[str, Any], entry: Entry) -> bool:
+    """Whether it is an entry's, of whichever weights and seeds."""
+    return asdict(entry).items() <= row.items()
 
 
 def _read(path: Path) -> Any:

@@ -1,7 +1,9 @@
 """Shared fixtures: tiny models with random weights (see tiny_models.py), fresh for every test."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,13 @@ from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of scripts/ by its name; those it imports from there are found too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The animation of how each family makes its pictures."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -9,15 +10,10 @@ from PIL import Image
 
 import vgen
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import animated_strips
-
-    return animated_strips
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("animated_strips")
 
 
 @pytest.mark.parametrize("steps", [1, 5, 12, 49])

@@ -1,6 +1,7 @@
 """The comparison of all families: what is measured once, and what its table says."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,15 +9,10 @@ from typing import Any
 import pytest
 import typer
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import compare_families
-
-    return compare_families
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("compare_families")
 
 
 def metrics(fid: float) -> dict[str, float]:

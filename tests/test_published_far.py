@@ -1,6 +1,7 @@
 """The slow loop that FAR's benchmark measures against gives FAR's own numbers: it differs in cost alone."""
 
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +12,6 @@ from vgen.generators.far import FAR
 from vgen.rng import SampleStreams
 from vgen.samplers.next_frame import NextFrameSettings, next_frame
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
 def model() -> FAR:
@@ -21,16 +20,14 @@ def model() -> FAR:
     return randomise(FAR(**size, rope_axes=(4, 6, 6), num_classes=3)).double().eval()
 
 
-def published(model: FAR, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from published_far import PublishedFAR
-
-    return PublishedFAR(model)
+@pytest.fixture
+def slow(model: FAR, load_script: Callable[[str], ModuleType]) -> Any:
+    """The published loop around the same model."""
+    return load_script("published_far").PublishedFAR(model)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_the_published_loop_samples_the_same_frames(model: FAR, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
-    slow = published(model, monkeypatch)
+def test_the_published_loop_samples_the_same_frames(model: FAR, slow: Any, cached: bool) -> None:
     context = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     settings = NextFrameSettings(frames=6, steps=3, guidance_scale=1.5, cached=cached)
     runs = []

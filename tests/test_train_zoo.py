@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,15 +21,10 @@ from vgen.hub import ZOO
 from vgen.training import config as presets
 from vgen.training.trainer import checkpoints
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import train_zoo
-
-    return train_zoo
+def script(load_script: Callable[[str], ModuleType]) -> Any:
+    return load_script("train_zoo")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The script that judges predictions: its figures are what their names say."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,15 +13,10 @@ from torch import Tensor, nn
 
 from vgen.moving import MovingDigits
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import video_prediction
-
-    return video_prediction
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("video_prediction")
 
 
 def clips(seed: int, *shape: int) -> Tensor:

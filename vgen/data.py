@@ -140,22 +140,24 @@ def open_source(
     train/ and test/; without them every 20th image is held out for testing. Raises SettingError where nothing can be
     trained on.
     """
-    if name in BUILT_IN and BUILT_IN[name].torchvision:
-        return _open_torchvision(name, split, size, channels, data_root(root), download)
-    if name in BUILT_IN:
+    known = BUILT_IN.get(name)
+    if known is None:
+        return _open_folder(Path(name).expanduser(), split, size, channels)
+    if known.torchvision is None:
         return _open_emoji(split, size, channels, data_root(root))
-    return _open_folder(Path(name).expanduser(), split, size, channels)
+    return _open_torchvision(name, known.torchvision, split, size, channels, data_root(root), download)
 
 
-def _open_torchvision(name: str, split: str, size: int, channels: int, root: Path, download: bool) -> MemorySource:
+def _open_torchvision(
+    name: str, class_name: str, split: str, size: int, channels: int, root: Path, download: bool
+) -> MemorySource:
     from torchvision import datasets  # slow to import, and not needed for folders
 
-    known = BUILT_IN[name]
     if download:
         with suppress(OSError):  # a read-only place is fine where the files are there already
             root.mkdir(parents=True, exist_ok=True)
     try:
-        found = getattr(datasets, known.torchvision or "")(root, train=split == "train", download=download)
+        found = getattr(datasets, class_name)(root, train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         tried = f" and could not be downloaded ({error})" if download else ""
         raise SettingError(
@@ -166,7 +168,7 @@ def _open_torchvision(name: str, split: str, size: int, channels: int, root: Pat
     if pixels.shape[-1] != size:
         resized = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
         pixels = resized.round().clamp(0, 255).to(torch.uint8)
-    return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), known.class_names)
+    return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), BUILT_IN[name].class_names)
 
 
 def _open_emoji(split: str, size: int, channels: int, root: Path) -> MemorySource:

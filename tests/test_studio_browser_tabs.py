@@ -113,9 +113,11 @@ def test_models_are_listed_looked_into_and_loaded(visitor: Visitor, served: tupl
     visitor.expect(visitor.page.locator("#models-card")).to_contain_text("licen", ignore_case=True)
     config = json.loads(visitor.page.locator("#tabs .vgen-code textarea").first.input_value())
     assert "generator" in config
+    status = visitor.page.locator("#models-status")
     visitor.button("Unload").click()
+    visitor.expect(status).to_contain_text(re.compile("fashion-nfig (is out of memory|was not loaded)"))
     visitor.button("Load").click()
-    visitor.expect(visitor.page.locator("#models-status")).to_contain_text("fashion-nfig")
+    visitor.expect(status).to_contain_text("fashion-nfig is in memory")
     assert "fashion-nfig" in served[0].models.loaded()
     visitor.page.get_by_text("Bring a checkpoint").click()
     visitor.expect(visitor.page.get_by_text("--allow-upload")).to_be_visible()

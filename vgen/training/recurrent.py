@@ -30,7 +30,7 @@ class LoopTraining:
     """How the loop is trained: a run's `loop` settings. Probabilities are of a step."""
 
     backprop_depth: int = 4  # recurrences that are differentiated, the last ones
-    shallow_weight: float = 0.25  # of the loss of a readout from a random earlier state
+    shallow_weight: float = 0.25  # of the loss of a readout after fewer recurrences, any number of them
     shallow_share: float = 0.5  # probability that there is one
     lag_share: float = 0.25  # probability that later tokens are behind in the recurrences that are not differentiated
     noise_share: float = 0.25  # probability that new noise is mixed into states
@@ -89,17 +89,23 @@ class RecurrentTask(GeneratorTask):
         if chances[1] < loop.noise_share:
             share = loop.noise * torch.rand(len(inputs), 1, 1, generator=rng).to(state)
             state = torch.lerp(state, self.model.random_state(*inputs.shape, rng).to(state), share)
-        shallow = bool(chances[2] < loop.shallow_share) and learnt > 1
-        also = int(torch.randint(1, learnt, (), generator=rng)) if shallow else None
-        found = model(inputs, state, learnt, also)
+        shallow = int(torch.randint(1, depth, (), generator=rng)) if chances[2] < loop.shallow_share and depth > 1 else 0
+        on_the_way = shallow - (depth - learnt)
+        found = model(inputs, state, learnt, on_the_way if on_the_way > 0 else None)
         loss = cross_entropy(found.logits, tokens).mean()
         figures = {"depth": torch.tensor(float(depth))}
-        if found.early is not None:
-            early = cross_entropy(found.early, tokens).mean()
-            loss = loss + loop.shallow_weight * early
+        if shallow:
+            early = found.early if on_the_way > 0 else self._after(model, inputs, shallow, rng)
+            loss = loss + loop.shallow_weight * cross_entropy(early, tokens).mean()
         if loop.rest_weight:
             loss = loss + loop.rest_weight * relative_change(found.state, found.before).square().mean()
         return loss, figures
+
+    def _after(self, model: nn.Module, inputs: Tensor, depth: int, rng: torch.Generator) -> Tensor:
+        """Logits after `depth` recurrences from a state of their own, the last ones differentiated."""
+        learnt = min(self.loop.backprop_depth, depth)
+        state = self.model.random_state(*inputs.shape, rng).to(inputs.device)
+        return model(inputs, self._advance(state, inputs, depth - learnt, False, rng), learnt).logits
 
     @torch.no_grad()
     def _advance(self, state: Tensor, inputs: Tensor, count: int, lag: bool, rng: torch.Generator) -> Tensor:

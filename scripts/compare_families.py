@@ -162,13 +162,19 @@ def markdown(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], seconds: dic
             ("accuracy", 100, 1),
             ("nearer_than_reference", 100, 1),
         ):
-            values = [scale * row["metrics"][metric] for row in rows]
+            middle, spread = summary(rows, metric, scale)
             unit = "%" if scale == 100 else ""
-            cells.append(f"{mean(values):.{digits}f}{unit}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else ""))
-            if values[1:]:
-                spreads.setdefault(metric, []).append(stdev(values))
+            cells.append(f"{middle:.{digits}f}{unit}" + (f" ± {spread:.{digits}f}" if rows[1:] else ""))
+            if rows[1:]:
+                spreads.setdefault(metric, []).append(spread)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", footnote(groups, spreads)]) + "\n"
+
+
+def summary(rows: list[dict[str, Any]], metric: str, scale: float) -> tuple[float, float]:
+    """Mean and standard deviation over sets of seeds; of a single set 0."""
+    values = [scale * row["metrics"][metric] for row in rows]
+    return mean(values), stdev(values) if values[1:] else 0.0
 
 
 def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dict[str, list[float]]) -> str:
@@ -226,9 +232,8 @@ def plot(
         for name, (entry, rows) in groups.items():
             if name not in seconds:
                 continue
-            values = [scale * row["metrics"][metric] for row in rows]
-            spread = stdev(values) if values[1:] else 0
-            place = (1e3 * seconds[name]["16"], mean(values))
+            middle, spread = summary(rows, metric, scale)
+            place = (1e3 * seconds[name]["16"], middle)
             axes.errorbar(*place, yerr=spread, fmt="o", capsize=3, color=colours[entry.model])
             words = name.removeprefix("fashion-").replace(" next-scale", "")
             axes.annotate(words, place, xytext=(6, 4), textcoords="offset points", fontsize=7.5)

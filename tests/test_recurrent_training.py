@@ -16,7 +16,7 @@ import vgen
 from vgen.pipelines.raster import GATES
 from vgen.training import recurrent
 from vgen.training.config import TrainingConfig
-from vgen.training.recurrent import RecurrentTask, draw_depth, likeness, relative_change
+from vgen.training.recurrent import LoopTraining, RecurrentTask, draw_depth, likeness, relative_change
 from vgen.training.run import build_task, start
 from vgen.types import SettingError
 
@@ -79,7 +79,7 @@ def test_depths_have_the_published_law() -> None:
 
 def test_only_the_last_recurrences_are_differentiated(task: RecurrentTask, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    recur = task.model.recur
+    recur, task.loop = task.model.recur, LoopTraining(shallow_share=0)
     monkeypatch.setattr(task.model, "recur", lambda *given: seen.append(torch.is_grad_enabled()) or recur(*given))
     monkeypatch.setattr(recurrent, "draw_depth", lambda mean, rng: 9)
     tokens, labels = task.batch(np.arange(4), 0)
@@ -124,6 +124,30 @@ def test_settings_of_the_loop_change_the_loss(task: RecurrentTask, data: Path, t
     for changes in ({"shallow_share": 1}, {"noise_share": 1}, {"rest_weight": 1.0}):
         assert loss(**changes) != plain, changes
     assert loss(lag_share=1, backprop_depth=1) != loss(backprop_depth=1)
+
+
+@torch.no_grad()
+def test_early_readouts_are_after_any_number_of_recurrences(
+    data: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the last, differentiated ones: the first recurrence is what the gate "shallow" is about."""
+    task = build_task(config(data, tokenizer, loop={"shallow_share": 1, "backprop_depth": 2}))
+    assert isinstance(task, RecurrentTask)
+    batch, seen, after = task.batch(np.arange(4), 0), [], task._after
+    inputs = task.model.inputs(*batch[:2])
+
+    def spy(model: Any, inputs: torch.Tensor, depth: int, rng: torch.Generator) -> torch.Tensor:
+        seen.append(depth)
+        return after(model, inputs, depth, rng)
+
+    monkeypatch.setattr(task, "_after", spy)
+    for seed in range(30):
+        task.loss(task.model, batch, torch.Generator().manual_seed(seed))
+    assert {1, 2, 3} <= set(seen)
+    for depth in (1, 2, 5):
+        state = task.model.random_state(*inputs.shape, torch.Generator().manual_seed(7))
+        found = after(task.model, inputs, depth, torch.Generator().manual_seed(7))
+        assert torch.equal(found, task.model(inputs, state, depth).logits)
 
 
 # ---- figures

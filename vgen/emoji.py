@@ -36,7 +36,7 @@ PLACES = {
 }
 PIXELS = 109  # the size of the font's bitmaps, 136x128 with their margins
 SIDE = 136
-HELD_OUT_EVERY = 20
+HELD_OUT_EVERY = 20  # subjects, with all their variants
 TONES = range(0x1F3FB, 0x1F400)
 PLAIN = {0xFE0F, 0x2640, 0x2642, 0x200D, *TONES}  # what tells variants apart, and binds them
 PERSONS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2}  # man, woman; boy, girl

@@ -89,6 +89,7 @@ class RecurrentTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Raises SettingError for sizes that do not fit one another.
     """
 
+    adjustable = ("recurrences",)  # settings that weights do not decide: training may go on with others
     _supports_gradient_checkpointing = True  # diffusers' enable_gradient_checkpointing: one per recurrence
 
     @register_to_config

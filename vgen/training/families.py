@@ -31,7 +31,8 @@ def build_model(
 def start_from(model: Any, name: str) -> None:
     """Give `model` the weights of a trained one: a tokenizer's, or those of a pipeline's generator.
 
-    Raises SettingError where that is of another class or has other settings, CheckpointError where it is damaged.
+    Settings that the class calls `adjustable` may differ. Raises SettingError where that is of another class or has other
+    settings, CheckpointError where it is damaged.
     """
     if hasattr(model, "encode"):
         trained = load_tokenizer(name, device="cpu", dtype=torch.float32)[0]
@@ -43,7 +44,7 @@ def start_from(model: Any, name: str) -> None:
         )
     ours, theirs = ({key: value for key, value in found.config.items() if key[0] != "_"} for found in (model, trained))
     for key, value in ours.items():
-        if plain(value) != plain(theirs.get(key)):
+        if key not in getattr(model, "adjustable", ()) and plain(value) != plain(theirs.get(key)):
             raise SettingError(
                 f"init_from is {name!r}, whose {key} is {theirs.get(key)}, here {value}: make them equal"
             )

@@ -236,3 +236,16 @@ def test_wrong_settings_are_refused_before_the_first_step(
 def test_loop_settings_are_for_recurrent_models_alone(data: Path, tokenizer: Path) -> None:
     with pytest.raises(SettingError, match="loop settings serve the family 'recurrent', not 'masked'"):
         config(data, tokenizer, family="masked", loop={"noise": 0.1})
+
+
+def test_training_goes_on_with_more_recurrences_but_no_other_shape(
+    run: Path, data: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    model = MODEL | {"recurrences": MODEL["recurrences"] + 2}
+    further = config(data, tokenizer, init_from=str(run / "model"), model=model)
+    task = build_task(further)
+    ours = load_file(run / "model" / "generator" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(task.model.state_dict()[name], value.float()) for name, value in ours.items())
+    assert task.model.config["recurrences"] == model["recurrences"]
+    with pytest.raises(SettingError, match="whose heads is"):
+        build_task(config(data, tokenizer, init_from=str(run / "model"), model=MODEL | {"heads": 1}))

@@ -141,11 +141,10 @@ class BranchPanel:
         assert job is not None
         return job, recording
 
+    @friendly
     def list_runs(self, visitor: Any, request: gr.Request, current: Any, run: Any, image: Any, way: Any) -> list[Any]:
         """The runs as they are now, one of them chosen, and the controls as that one has it."""
-        return friendly(self._list_runs)(owner_of(visitor, request), current, run, image, way)
-
-    def _list_runs(self, owner: str, current: Any, run: Any, image: Any, way: Any) -> list[Any]:
+        owner = owner_of(visitor, request)
         nodes = tree(self.studio, owner)
         choices = [(f"{INDENT * node.depth}{'↳ ' if node.depth else ''}{node.words}", node.job.id) for node in nodes]
         ids = [node.job.id for node in nodes]
@@ -190,40 +189,43 @@ class BranchPanel:
         caption = f"{len(free)} of {side * side} tokens are drawn anew."
         return marks_html(png, marked.view(side, side), caption, NO_RUN)
 
+    @friendly
     def look(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> Any:
         """The image at another step or scale."""
         run, image, way, amount, free = values
-        owner = owner_of(visitor, request)
-        return friendly(self._look)(owner, run, image, way, amount, free)[0]
+        return self._look(owner_of(visitor, request), run, image, way, amount, free)[0]
 
     def _look(self, owner: str, run: Any, image: Any, way: Any, amount: Any, free: Any) -> list[Any]:
         _, recording = self.parent(owner, run)
         number = whole("step", amount, 1, MOST_STEPS)
         return [self._drawn(recording, row_of(recording, image), str(way), number, free), free]
 
+    @friendly
     def click(self, visitor: Any, request: gr.Request, event: gr.EventData, current: Any, *values: Any) -> list[Any]:
         """Mark a token, or take its mark away."""
-        return friendly(self._click)(owner_of(visitor, request), getattr(event, "token", None), *values)
-
-    def _click(self, owner: str, token: Any, run: Any, image: Any, way: Any, amount: Any, free: Any) -> list[Any]:
+        run, image, way, amount, free = values
+        owner = owner_of(visitor, request)
         _, recording = self.parent(owner, run)
-        number = whole("token", token, 0, grid_side(recording.pipeline) ** 2 - 1)
+        number = whole("token", getattr(event, "token", None), 0, grid_side(recording.pipeline) ** 2 - 1)
         return self._look(owner, run, image, way, amount, free ^ {number})
 
+    @friendly
     def unmark(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> list[Any]:
         """Take all marks away."""
-        return friendly(self._look)(owner_of(visitor, request), *values[:-1], frozenset())
+        run, image, way, amount, _ = values
+        return self._look(owner_of(visitor, request), run, image, way, amount, frozenset())
 
+    @friendly
     async def mark_least(
         self, visitor: Any, request: gr.Request, current: Any, *values: Any
     ) -> AsyncIterator[list[Any]]:
         """Mark the tokens that the model finds least probable, which takes evaluations."""
         owner = owner_of(visitor, request)
-        job = await asyncio.to_thread(friendly(self._submit_least), owner, *values)
+        job = await asyncio.to_thread(self._submit_least, owner, *values)
         yield [gr.skip(), gr.skip(), status_html("Asking the model…", "running")]
         async for last in watch(job):
             if last:
-                yield friendly(self._show_least)(owner, job, values)
+                yield self._show_least(owner, job, values)
 
     def _submit_least(self, owner: str, run: Any, image: Any, way: Any, amount: Any, free: Any, count: Any) -> Job:
         _, recording = self.parent(owner, run)
@@ -245,22 +247,11 @@ class BranchPanel:
 
     # ---- running
 
+    @friendly
     def start(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> list[Any]:
         """Queue the branch; its job, the seed that is used, and a line."""
-        return friendly(self._start)(owner_of(visitor, request), *values)
-
-    def _start(
-        self,
-        owner: str,
-        run: Any,
-        image: Any,
-        way: Any,
-        amount: Any,
-        free: Any,
-        seed: Any,
-        randomly: Any,
-        versions: Any,
-    ) -> list[Any]:
+        run, image, way, amount, free, seed, randomly, versions = values
+        owner = owner_of(visitor, request)
         job, recording = self.parent(owner, run)
         row = row_of(recording, image)
         seed = random.randrange(RANDOM_SEEDS) if randomly else seed

@@ -74,12 +74,10 @@ class Panel:
         self.halt.click(self.end, who, [self.status], **QUICK)
         page.load(self.follow, who, self.shown, **WATCHING)
 
+    @friendly
     def start(self, visitor: Any, request: gr.Request, *form: Any) -> list[Any]:
         """Queue the comparison that the form asks for."""
-        return friendly(self._start)(owner_of(visitor, request), form)
-
-    def _start(self, owner: str, form: Sequence[Any]) -> list[Any]:
-        job = submit(self.studio, owner, self.kind, self.prepare(*form), self.summarise)
+        job = submit(self.studio, owner_of(visitor, request), self.kind, self.prepare(*form), self.summarise)
         waiting = status_html("Waiting for its turn…" if self.studio.jobs.position(job) else "Starting…", "waiting")
         return [waiting, gr.Button(interactive=False), gr.Button(interactive=True)]
 
@@ -198,11 +196,9 @@ class CompareTab:
         for name, values in ((self.across, self.across_values), (self.down, self.down_values)):
             name.input(self.suggest_values, [self.model, name], [values], **PRIVATE)
 
+    @friendly
     def choose_model(self, model: str) -> list[Any]:
         """Fit the form to a model, loading it."""
-        return friendly(self._choose_model)(model)
-
-    def _choose_model(self, model: str) -> list[Any]:
         pipeline = self.studio.models.get(model)
         names = cells.axis_names(pipeline)
         across = "guidance_scale" if "guidance_scale" in names else names[-1]
@@ -216,13 +212,15 @@ class CompareTab:
             cells.suggest_values(pipeline, "seed"),
         ]
 
+    @friendly
     def suggest_entrants(self, model: str) -> str:
         """Entrants worth a race of this model."""
-        return friendly(lambda: "\n".join(race.suggest(self.studio.models.get(model))))()
+        return "\n".join(race.suggest(self.studio.models.get(model)))
 
+    @friendly
     def suggest_values(self, model: str, name: str) -> str:
         """Values to begin with, of the setting that was chosen for an axis."""
-        return friendly(lambda: cells.suggest_values(self.studio.models.get(model), name))()
+        return cells.suggest_values(self.studio.models.get(model), name)
 
     # ---- what to compare
 

@@ -123,13 +123,11 @@ class EvaluateTab:
 
     # ---- running
 
-    def start(self, visitor: Any, request: gr.Request, *form: Any) -> list[Any]:
+    @friendly
+    def start(self, visitor: Any, request: gr.Request, model: Any, *form: Any) -> list[Any]:
         """Queue an evaluation of the form: its job, a first status, and what the buttons become."""
-        return friendly(self._start)(owner_of(visitor, request), *form)
-
-    def _start(self, owner: str, model: Any, *form: Any) -> list[Any]:
         pipeline = self.studio.models.get(model)
-        job = self.evaluations.submit(owner, to_sweep(pipeline, *form))
+        job = self.evaluations.submit(owner_of(visitor, request), to_sweep(pipeline, *form))
         return [job.id, status_html("Starting…", "waiting"), gr.Button(interactive=False), gr.Button(interactive=True)]
 
     def attach(self, visitor: Any, request: gr.Request) -> Any:
@@ -170,31 +168,28 @@ class EvaluateTab:
 
     # ---- the form
 
+    @friendly
     def choose_model(self, model: Any) -> list[Any]:
         """Fit the form to a model, loading it."""
-        return friendly(self._choose_model)(model)
-
-    def _choose_model(self, model: Any) -> list[Any]:
         pipeline = self.studio.models.get(model)
         settings = settings_of(pipeline, None)
         sampler = gr.Dropdown(choices=list(pipeline.samplers), value=pipeline.samplers[0])
         chosen = gr.Dropdown(choices=settings, value=settings[0])
         return [sampler, chosen, suggest_values(pipeline, settings[0])]
 
+    @friendly
     def choose_sampler(self, model: Any, sampler: Any, setting: Any) -> list[Any]:
         """The settings that a sampler reads."""
-        return friendly(self._choose_sampler)(model, sampler, setting)
-
-    def _choose_sampler(self, model: Any, sampler: Any, setting: Any) -> list[Any]:
         pipeline = self.studio.models.get(model)
         settings = settings_of(pipeline, sampler)
         if setting in settings:
             return [gr.Dropdown(choices=settings), gr.skip()]
         return [gr.Dropdown(choices=settings, value=settings[0]), suggest_values(pipeline, settings[0])]
 
+    @friendly
     def choose_setting(self, model: Any, sampler: Any, setting: Any) -> Any:
         """Values to begin with."""
-        return friendly(lambda: suggest_values(self.studio.models.get(model), str(setting)))()
+        return suggest_values(self.studio.models.get(model), str(setting))
 
 
 # ---- what is shown

@@ -2,7 +2,7 @@
 
 import random
 import urllib.parse
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
@@ -72,20 +72,19 @@ class GenerateTab(GenerateForm):
 
     # ---- running
 
+    @friendly
     def start(self, visitor: Any, request: gr.Request, randomly: bool, *form: Any) -> list[Any]:
         """Queue a run of the form; its number, the seed that is used, and what the buttons become."""
-        return self._start(owner_of(visitor, request), randomly, form)
+        return self._start(owner_of(visitor, request), randomly, list(form))
 
+    @friendly
     def start_again(self, visitor: Any, request: gr.Request, job_id: Any, *form: Any) -> list[Any]:
         """End the present run and queue another one with a new seed."""
         owner = owner_of(visitor, request)
         self.studio.jobs.stop(owner, job_id)
-        return self._start(owner, True, form)
+        return self._start(owner, True, list(form))
 
-    def _start(self, owner: str, randomly: bool, form: Sequence[Any]) -> list[Any]:
-        return friendly(self._submit)(owner, randomly, list(form))
-
-    def _submit(self, owner: str, randomly: bool, form: list[Any]) -> list[Any]:
+    def _start(self, owner: str, randomly: bool, form: list[Any]) -> list[Any]:
         if randomly:
             form[3] = random.randrange(RANDOM_SEEDS)
         ask, clip = self.ask(*form)
@@ -107,11 +106,10 @@ class GenerateTab(GenerateForm):
         copies = copy_as(run.recording.pipeline, run.request)
         return [*copies.values(), f"?run={urllib.parse.quote(run.request.to_json())}", *buttons]
 
+    @friendly
     def make_gif(self, visitor: Any, job_id: Any, request: gr.Request) -> Any:
         """All steps of the last run as a file."""
-        return friendly(self._make_gif)(owner_of(visitor, request), job_id)
-
-    def _make_gif(self, owner: str, job_id: Any) -> Any:
+        owner = owner_of(visitor, request)
         job = self.studio.jobs.get(owner, job_id)
         run = run_of(job)
         if job is None or run is None or run.recording is None or not len(run.recording):

@@ -234,11 +234,9 @@ class GenerateForm:
 
     # ---- the form
 
+    @friendly
     def choose_model(self, model: str) -> list[Any]:
         """Fit the form to a model, loading it."""
-        return friendly(self._choose_model)(model)
-
-    def _choose_model(self, model: str) -> list[Any]:
         pipeline = self.studio.models.get(model)
         choices = _choices(pipeline)
         return [
@@ -249,9 +247,10 @@ class GenerateForm:
             *self._defaults(pipeline, pipeline.samplers[0]),
         ]
 
+    @friendly
     def choose_sampler(self, model: str, sampler: str) -> list[Any]:
         """Settings back to what the model takes with this sampler."""
-        return friendly(lambda: self._defaults(self.studio.models.get(model), sampler))()
+        return self._defaults(self.studio.models.get(model), sampler)
 
     def _defaults(self, pipeline: Any, sampler: str, request: Request | None = None) -> list[Any]:
         own = setting_names(pipeline, sampler)
@@ -277,11 +276,9 @@ class GenerateForm:
         """The curve's editor with its value as it is."""
         return gr.HTML(**curve_surroundings(self.studio.models.get(model), guidance))
 
+    @friendly
     def draw_thumbnails(self, model: str) -> Any:
         """A picture of each class, sampled once for each checkpoint."""
-        return friendly(self._thumbnails)(model)
-
-    def _thumbnails(self, model: str) -> Any:
         found = self.studio.thumbnails(model)
         return gr.HTML(picker_html(found), visible=bool(found))
 
@@ -293,9 +290,10 @@ class GenerateForm:
 
     # ---- restoring
 
+    @friendly
     def restore(self, path: str | None) -> list[Any]:
         """Fill the form from a file's request."""
-        return friendly(lambda: self.fill(read_request(Path(path or ""))))()
+        return self.fill(read_request(Path(path or "")))
 
     def restore_link(self, model: str, request: gr.Request) -> list[Any]:
         """Fill the form from a link that somebody shared; a broken one changes nothing."""

@@ -122,8 +122,9 @@ class HistoryTab:
         """Let the Generate tab's form be filled from the opened file, and look anew whenever this tab is chosen."""
         generate = next(tab for tab in others if isinstance(tab, GenerateTab))
 
+        @friendly
         def fill(visitor: Any, opened: Any, request: gr.Request) -> list[Any]:
-            return friendly(self._fill)(generate, owner_of(visitor, request), opened)
+            return self._fill(generate, owner_of(visitor, request), opened)
 
         self.restore.click(
             fill, [self.visitor, self.opened], [tabs, generate.repeat_part, *generate.filling], **PRIVATE
@@ -137,9 +138,10 @@ class HistoryTab:
 
     # ---- handlers
 
+    @friendly
     def search(self, visitor: Any, text: Any, starred: Any, limit: Any, request: gr.Request) -> list[Any]:
         """The visitor's files that are sought."""
-        return friendly(self._found)(owner_of(visitor, request), text, starred, limit, "")
+        return self._found(owner_of(visitor, request), text, starred, limit, "")
 
     def _found(self, owner: str, text: Any, starred: Any, limit: Any, said: str) -> list[Any]:
         words, only = str(text or "")[:MAX_TEXT], starred is True
@@ -182,18 +184,18 @@ class HistoryTab:
         said = f"Deleted {number}. Undo brings them back for a week."
         return [*self._found(owner, text, starred, limit, said), *(self._close() if opened in theirs else nothing)]
 
+    @friendly
     def bring_back(self, visitor: Any, text: Any, starred: Any, limit: Any, request: gr.Request) -> list[Any]:
         """Undo the last delete."""
-        return friendly(self._bring_back)(owner_of(visitor, request), text, starred, limit)
-
-    def _bring_back(self, owner: str, text: Any, starred: Any, limit: Any) -> list[Any]:
+        owner = owner_of(visitor, request)
         number = self.studio.library.restore(owner)
         files = f"{number} {'file' if number == 1 else 'files'}"
         return self._found(owner, text, starred, limit, f"Brought back {files}." if number else "Nothing to undo.")
 
+    @friendly
     def commands(self, visitor: Any, opened: Any, request: gr.Request) -> list[str]:
         """The opened file's request as commands, its model being loaded for that."""
-        return friendly(lambda owner: self._commands(self._opened(owner, opened).request))(owner_of(visitor, request))
+        return self._commands(self._opened(owner_of(visitor, request), opened).request)
 
     # ---- an opened file
 

@@ -113,15 +113,14 @@ class ModelsTab:
 
     # ---- handlers
 
+    @friendly
     def show_all(self) -> list[Any]:
         """Every model in a line, and the list to choose from."""
-        return friendly(lambda: [models_html(self.studio), gr.Dropdown(choices=self.studio.models.names())])()
+        return [models_html(self.studio), gr.Dropdown(choices=self.studio.models.names())]
 
+    @friendly
     def look(self, name: Any) -> list[Any]:
         """What a model is, read without loading it."""
-        return friendly(self._look)(name)
-
-    def _look(self, name: Any) -> list[Any]:
         _check_name(self.studio, name)
         found, line = told(lambda: self.studio.models.describe(name))
         if found is None:
@@ -129,11 +128,9 @@ class ModelsTab:
         config = json.dumps(found["components"], indent=2)
         return [facts_html(name, found), config, card_html(found["card"])]
 
+    @friendly
     def take_in(self, name: Any) -> list[Any]:
         """Load a model."""
-        return friendly(self._take_in)(name)
-
-    def _take_in(self, name: Any) -> list[Any]:
         _check_name(self.studio, name)
         before = self.studio.models.loaded()
         _, line = told(lambda: self.studio.models.get(name))
@@ -143,35 +140,29 @@ class ModelsTab:
         said = f"{name} is in memory." + (f" {', '.join(gone)} made room for it." if gone else "")
         return [models_html(self.studio), status_html(said, "done")]
 
+    @friendly
     def let_go(self, name: Any) -> list[Any]:
         """Unload a model."""
-        return friendly(self._let_go)(name)
-
-    def _let_go(self, name: Any) -> list[Any]:
         _check_name(self.studio, name)
         there = self.studio.models.unload(name)
         said = f"{name} is out of memory; it is loaded again when it is needed." if there else f"{name} was not loaded."
         return [models_html(self.studio), status_html(said)]
 
+    @friendly
     def look_inside(self, path: Any) -> Any:
         """What an uploaded file holds, none of its tensors being read."""
-        return friendly(self._look_inside)(path)
-
-    def _look_inside(self, path: Any) -> Any:
         check_allowed(self.studio)
         if not path:
             raise SettingError("there is no file yet: hand one in")
         return checkpoint_html(inspect_checkpoint(Path(path), Path(path).name))
 
+    @friendly
     def start(
         self, visitor: Any, request: gr.Request, family: Any, name: Any, generator: Any, tokenizer: Any, text: Any
     ) -> list[Any]:
         """Queue a conversion."""
-        return friendly(self._start)(owner_of(visitor, request), family, name, generator, tokenizer, text)
-
-    def _start(self, owner: str, family: Any, name: Any, generator: Any, tokenizer: Any, text: Any) -> list[Any]:
         weights, codec = (Path(path) if path else None for path in (generator, tokenizer))
-        job = submit_conversion(self.studio, owner, family, name, weights, codec, text)
+        job = submit_conversion(self.studio, owner_of(visitor, request), family, name, weights, codec, text)
         return [job.id, status_html("Waiting for its turn…", "waiting")]
 
     async def follow(self, visitor: Any, job_id: Any, request: gr.Request) -> AsyncIterator[Any]:

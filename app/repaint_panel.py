@@ -175,11 +175,10 @@ class RepaintPanel:
                 found.append((f"Library: {entry.path.stem}, {entry.request.model}", f"file:{entry.id}"))
         return [*found, ("The picture handed in", UPLOAD)]
 
+    @friendly
     def choose(self, visitor: Any, current: Any, source: Any, request: gr.Request) -> list[Any]:
         """The model and class that a picture of one's own was made with, where that model can edit."""
-        return friendly(self._choose)(owner_of(visitor, request), current, source)
-
-    def _choose(self, owner: str, current: Any, source: Any) -> list[Any]:
+        owner = owner_of(visitor, request)
         kind, _, number = str(source).partition(":")
         run = run_of(self.studio.jobs.get(owner, current))
         row, made = 0, None
@@ -193,9 +192,10 @@ class RepaintPanel:
         label = None if made.class_labels is None else made.class_labels[min(row, len(made.class_labels) - 1)]
         return [made.model, *self._model_fields(made.model, label, made.sampler)]
 
+    @friendly
     def choose_model(self, model: str) -> list[Any]:
         """Fit the form to a model, loading it."""
-        return friendly(self._model_fields)(model)
+        return self._model_fields(model)
 
     def _model_fields(self, model: str, label: int | None = None, sampler: str | None = None) -> list[Any]:
         pipeline = self.studio.models.get(model)
@@ -241,14 +241,12 @@ class RepaintPanel:
 
     # ---- marking
 
+    @friendly
     def open(self, visitor: Any, request: gr.Request, current: Any, *chosen: Any) -> list[Any]:
         """Put the chosen picture on the editor and under the tokens, with nothing marked."""
-        return friendly(self._open)(owner_of(visitor, request), current, chosen)
-
-    def _open(self, owner: str, current: Any, chosen: Sequence[Any]) -> list[Any]:
         if chosen[1] is None:
             return [gr.skip()] * 4
-        canvas = self.canvas(owner, current, *chosen)
+        canvas = self.canvas(owner_of(visitor, request), current, *chosen)
         picture = enlarge(canvas.pixels)
         value: Any = {"background": picture, "layers": [], "composite": picture}
         drawn = self.drawn(chosen[0], canvas, canvas.outside, Marks())
@@ -270,52 +268,50 @@ class RepaintPanel:
         canvas = self.canvas(owner, current, *chosen)
         return canvas, canvas.outside | read_paint(paint, len(canvas.outside))
 
+    @friendly
     def draw(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> Any:
         """The tokens anew, after a stroke."""
         *chosen, paint, marks = values
         if chosen[1] is None:
             return gr.skip()
-        return friendly(self._redrawn)(owner_of(visitor, request), current, chosen, paint, marks)[0]
+        return self._redrawn(owner_of(visitor, request), current, chosen, paint, marks)[0]
 
     def _redrawn(self, owner: str, current: Any, chosen: Sequence[Any], paint: Any, marks: Marks) -> list[Any]:
         canvas, painted = self.marked(owner, current, chosen, paint)
         return [self.drawn(chosen[0], canvas, painted, marks), marks]
 
+    @friendly
     def click(self, visitor: Any, request: gr.Request, event: gr.EventData, current: Any, *values: Any) -> list[Any]:
         """Mark a token that is kept, or keep one that is marked."""
-        return friendly(self._click)(owner_of(visitor, request), getattr(event, "token", None), current, values)
-
-    def _click(self, owner: str, token: Any, current: Any, values: Sequence[Any]) -> list[Any]:
         *chosen, paint, marks = values
         pipeline = self.studio.models.get(chosen[0])
-        number = whole("token", token, 0, grid_side(pipeline) ** 2 - 1)
-        canvas, painted = self.marked(owner, current, chosen, paint)
+        number = whole("token", getattr(event, "token", None), 0, grid_side(pipeline) ** 2 - 1)
+        canvas, painted = self.marked(owner_of(visitor, request), current, chosen, paint)
         marks = marks.toggle(number, bool(snap(pipeline, painted, marks).flatten()[number]))
         return [self.drawn(chosen[0], canvas, painted, marks), marks]
 
+    @friendly
     def mark_all(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> list[Any]:
         """Every token drawn anew."""
         *chosen, paint, _ = values
-        return friendly(self._mark_all)(owner_of(visitor, request), current, chosen, paint)
-
-    def _mark_all(self, owner: str, current: Any, chosen: Sequence[Any], paint: Any) -> list[Any]:
         number = grid_side(self.studio.models.get(chosen[0])) ** 2
-        return self._redrawn(owner, current, chosen, paint, Marks(frozenset(range(number))))
+        everything = Marks(frozenset(range(number)))
+        return self._redrawn(owner_of(visitor, request), current, chosen, paint, everything)
 
+    @friendly
     def clear(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> list[Any]:
         """Forget clicks; what is painted stays."""
         *chosen, paint, _ = values
         if chosen[1] is None:
             return [gr.skip(), Marks()]
-        return friendly(self._redrawn)(owner_of(visitor, request), current, chosen, paint, Marks())
+        return self._redrawn(owner_of(visitor, request), current, chosen, paint, Marks())
 
     # ---- running
 
+    @friendly
     def start(self, visitor: Any, request: gr.Request, current: Any, *values: Any) -> list[Any]:
         """Queue the edit; its job, the seed that is used, and a line."""
-        return friendly(self._start)(owner_of(visitor, request), current, values)
-
-    def _start(self, owner: str, current: Any, values: Sequence[Any]) -> list[Any]:
+        owner = owner_of(visitor, request)
         (*chosen, paint, marks), form = values[:-7], values[-7:]
         label, seed, randomly, versions, sampler, guidance, others = form
         pipeline = self.studio.models.get(chosen[0])

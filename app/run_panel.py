@@ -76,13 +76,10 @@ class RunPanel:
         scrub = gr.Slider(maximum=max(2, count), value=count)
         return [status, *self._step(run, count - 1, scrub), *(_results(run) if last else [gr.skip()] * 3)]
 
+    @friendly
     def look(self, visitor: Any, job_id: Any, step: Any, request: gr.Request) -> list[Any]:
         """The picture of a step, counted from 1, and what it is."""
-        return friendly(self._look)(owner_of(visitor, request), job_id, step)
-
-    def _look(self, owner: str, job_id: Any, step: Any) -> list[Any]:
-        job = self.studio.jobs.get(owner, job_id)
-        run = run_of(job)
+        run = run_of(self.studio.jobs.get(owner_of(visitor, request), job_id))
         if run is None or run.recording is None or not len(run.recording):
             return [gr.skip(), ""]
         index = min(whole("step", step, 1, MOST_STEPS), len(run.recording)) - 1

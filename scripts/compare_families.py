@@ -20,6 +20,7 @@ from benchmark import by_turns
 
 from vgen import cli, hub
 from vgen.files import atomic_file
+from vgen.training.card import cpu_minutes
 
 ROOT = Path(__file__).parents[1]
 METRICS = "fid,sfid,kid,prc,accuracy,frechet,memorization"
@@ -210,10 +211,9 @@ def model_facts(model: str) -> dict[str, str]:
 
 
 def _minutes(card: str) -> int:
-    found = re.search(r"\| time \| (\d+) CPU-minutes", card)
-    if found is None:
+    if (found := cpu_minutes(card)) is None:
         raise SystemExit("a model card does not say how long it was trained: train it by scripts/train_zoo.py")
-    return int(found[1])
+    return found
 
 
 def plot(

@@ -32,6 +32,7 @@ from vgen.generators.far import FAR
 from vgen.moving import EPOCH, MovingDigits
 from vgen.tokenizers.frames import PatchPCA, PixelPatches
 from vgen.training import next_frame
+from vgen.training.card import cpu_minutes
 from vgen.training.config import TrainingConfig, load_config
 from vgen.training.next_frame import NextFrameTask, draw_levels, mean_of_counted, video_training
 from vgen.training.run import build_task, start
@@ -448,7 +449,10 @@ def test_a_run_begins_with_a_trained_model(config: TrainingConfig, trained: Path
     found = start(further, tmp_path / "whole")
     before, after = weights(trained / "model"), weights(found)
     assert same(before, after) and before.keys() == after.keys()  # at this rate, in half precision
-    assert f"| begun with | `{first}` |" in (found / "README.md").read_text()
+    cards = [(folder / "README.md").read_text() for folder in (first, found)]
+    assert f"| begun with | `{first}` ({cpu_minutes(cards[0])} CPU-minutes) |" in cards[1]
+    slow = cards[1].replace("| time | 0 CPU", "| time | 7 CPU").replace("(0 CPU-minutes)", "(30 CPU-minutes)")
+    assert cpu_minutes(slow) == 37 and cpu_minutes("no table") is None
     run_until(further, tmp_path / "broken", 2)
     shutil.rmtree(first / "generator")  # a run that goes on no longer needs it
     start(further, tmp_path / "broken", resume=True)

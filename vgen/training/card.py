@@ -1,11 +1,13 @@
 """The model card: what a model is, what it was trained on, with which command, how long, and how well."""
 
+import re
 import subprocess
 from pathlib import Path
 
 from torch import nn
 
 from vgen import __version__
+from vgen.hub import ZOO
 from vgen.training.config import TrainingConfig
 from vgen.training.curves import BOOKKEEPING
 
@@ -19,7 +21,7 @@ def model_card(
         "data": f"{config.data}, train split",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "command": f"`{command}`",
-        **({"begun with": f"`{config.init_from}`"} if config.init_from else {}),
+        **({"begun with": f"`{config.init_from}`{_spent_on(config.init_from)}"} if config.init_from else {}),
         "steps": f"{config.steps}, batch {config.batch_size}",
         "time": f"{cpu_seconds / 60:.0f} CPU-minutes of training steps ({seconds / 60:.0f} minutes of wall clock)",
         "code revision": revision(),
@@ -28,6 +30,20 @@ def model_card(
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     head = f"---\nlicense: {config.license}\nlibrary_name: vgen\n---\n# {config.name}\n"
     return f"{head}\n{config.notes.strip()}\n\n| | |\n|---|---|\n{table}"
+
+
+def cpu_minutes(card: str) -> int | None:
+    """CPU-minutes of training that a card tells, with those of the model that it began with; None where it does not."""
+    found = re.search(r"^\| time \| (\d+) CPU-minutes", card, re.MULTILINE)
+    before = re.search(r"^\| begun with \| .*\((\d+) CPU-minutes\)", card, re.MULTILINE)
+    return int(found[1]) + (int(before[1]) if before else 0) if found else None
+
+
+def _spent_on(model: str) -> str:
+    """What a card adds to the name of the model that a run began with; nothing where that has no card."""
+    card = next((folder / "README.md" for folder in (ZOO / model, Path(model)) if folder.is_dir()), Path())
+    minutes = cpu_minutes(card.read_text(errors="replace")) if card.is_file() else None
+    return "" if minutes is None else f" ({minutes} CPU-minutes)"
 
 
 def revision() -> str:

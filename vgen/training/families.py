@@ -31,8 +31,8 @@ def build_model(
 def start_from(model: Any, name: str) -> None:
     """Give `model` the weights of a trained one: a tokenizer's, or those of a pipeline's generator.
 
-    Settings that the class calls `adjustable` may differ. Raises SettingError where that is of another class or has other
-    settings, CheckpointError where it is damaged.
+    Settings that the class calls `adjustable` may differ. Raises SettingError where that is of another class or has
+    other settings, CheckpointError where it is damaged.
     """
     if hasattr(model, "encode"):
         trained = load_tokenizer(name, device="cpu", dtype=torch.float32)[0]

@@ -89,7 +89,9 @@ class RecurrentTask(GeneratorTask):
         if chances[1] < loop.noise_share:
             share = loop.noise * torch.rand(len(inputs), 1, 1, generator=rng).to(state)
             state = torch.lerp(state, self.model.random_state(*inputs.shape, rng).to(state), share)
-        shallow = int(torch.randint(1, depth, (), generator=rng)) if chances[2] < loop.shallow_share and depth > 1 else 0
+        shallow = (
+            int(torch.randint(1, depth, (), generator=rng)) if chances[2] < loop.shallow_share and depth > 1 else 0
+        )
         on_the_way = shallow - (depth - learnt)
         found = model(inputs, state, learnt, on_the_way if on_the_way > 0 else None)
         loss = cross_entropy(found.logits, tokens).mean()

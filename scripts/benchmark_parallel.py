@@ -14,7 +14,7 @@ WAYS: dict[str, dict[str, Any]] = {
     EXIT: {"sampler": "raster", "exit_threshold": 0.03},
     "wave-exact, r' = 1": {"sampler": "wave-exact", "inner_recurrences": 1},
     "wave-exact, r' = 2": {"sampler": "wave-exact", "inner_recurrences": 2},
-    "wave-exact, r' = 3": {"sampler": "wave-exact", "inner_recurrences": 3},
+    "wave-exact, r' = 4": {"sampler": "wave-exact", "inner_recurrences": 4},
     "jacobi, window 8": {"sampler": "jacobi", "wavefront": 8},
     "wave-df, r' = 1": {"sampler": "wave-df", "inner_recurrences": 1},
     "wave-df, r' = 2": {"sampler": "wave-df", "inner_recurrences": 2},

@@ -35,7 +35,7 @@ def script(load_script: Callable[[str], ModuleType]) -> Any:
         ("fashion-mvar", ["fashion-vq"]),
         ("fashion-nfig", ["fashion-nfig-vq"]),
         ("fashion-maskgit", ["fashion-vqgan"]),
-        ("fashion-recurrent", []),  # stands on a bundled model's tokenizer
+        ("fashion-recurrent", ["fashion-recurrent-base"]),  # and on a bundled model's tokenizer
         ("moving-far", ["moving-far-base"]),
     ],
 )

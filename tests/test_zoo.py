@@ -13,6 +13,7 @@ from vgen.data import FASHION, to_uint8
 from vgen.evaluation.extractors import ExtractorOptions, build_extractor
 from vgen.hub import ZOO
 from vgen.pipelines.next_scale import NextScalePipeline
+from vgen.training.card import cpu_minutes, model_card
 from vgen.training.config import load_config
 
 FOLDER = ZOO / "fashion-var"
@@ -149,3 +150,12 @@ def test_the_bundled_classifier_takes_samples_for_what_they_are(pipeline: NextSc
     images = pipeline(class_labels=labels, seeds=list(range(500, 700)), output_type="pt").images
     found = judge(to_uint8(images), ("logits",))["logits"].argmax(1)
     assert (found == labels).double().mean() > 0.87
+
+
+@pytest.mark.parametrize(("preset", "card"), [("fashion-vq", "tokenizer/README.md"), ("fashion-var", "README.md")])
+def test_a_card_tells_what_the_part_that_it_began_with_took(preset: str, card: str) -> None:
+    """Of a pipeline the tokenizer has a card of its own."""
+    config = load_config(preset, ["init_from=fashion-var"])
+    minutes = cpu_minutes((ZOO / "fashion-var" / card).read_text())
+    text = model_card(config, torch.nn.Linear(1, 1), {}, (60.0, 60.0), "vgen train")
+    assert f"| begun with | `fashion-var` ({minutes} CPU-minutes) |" in text

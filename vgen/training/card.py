@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from vgen import __version__
-from vgen.hub import ZOO
+from vgen.hub import component_folders, find_local
 from vgen.training.config import TrainingConfig
 from vgen.training.curves import BOOKKEEPING
 
@@ -21,7 +21,7 @@ def model_card(
         "data": f"{config.data}, train split",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "command": f"`{command}`",
-        **({"begun with": f"`{config.init_from}`{_spent_on(config.init_from)}"} if config.init_from else {}),
+        **({"begun with": f"`{config.init_from}`{_spent_on(config)}"} if config.init_from else {}),
         "steps": f"{config.steps}, batch {config.batch_size}",
         "time": f"{cpu_seconds / 60:.0f} CPU-minutes of training steps ({seconds / 60:.0f} minutes of wall clock)",
         "code revision": revision(),
@@ -39,9 +39,12 @@ def cpu_minutes(card: str) -> int | None:
     return int(found[1]) + (int(before[1]) if before else 0) if found else None
 
 
-def _spent_on(model: str) -> str:
+def _spent_on(config: TrainingConfig) -> str:
     """What a card adds to the name of the model that a run began with; nothing where that has no card."""
-    card = next((folder / "README.md" for folder in (ZOO / model, Path(model)) if folder.is_dir()), Path())
+    folder = find_local(str(config.init_from))
+    if folder is not None and config.kind == "tokenizer":
+        folder = component_folders(folder)["tokenizer"]
+    card = (folder or Path(str(config.init_from)).expanduser()) / "README.md"
     minutes = cpu_minutes(card.read_text(errors="replace")) if card.is_file() else None
     return "" if minutes is None else f" ({minutes} CPU-minutes)"
 

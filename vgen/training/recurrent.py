@@ -84,14 +84,13 @@ class RecurrentTask(GeneratorTask):
         learnt = min(loop.backprop_depth, depth)
         chances = torch.rand(3, generator=rng)
         state = self.model.random_state(*inputs.shape, rng).to(inputs.device)
-        if depth > learnt:
-            state = self._advance(state, inputs, depth - learnt, bool(chances[0] < loop.lag_share), rng)
+        state = self._advance(state, inputs, depth - learnt, bool(chances[0] < loop.lag_share), rng)
         if chances[1] < loop.noise_share:
             share = loop.noise * torch.rand(len(inputs), 1, 1, generator=rng).to(state)
             state = torch.lerp(state, self.model.random_state(*inputs.shape, rng).to(state), share)
-        shallow = (
-            int(torch.randint(1, depth, (), generator=rng)) if chances[2] < loop.shallow_share and depth > 1 else 0
-        )
+        shallow = 0  # recurrences before the early readout, where there is one
+        if chances[2] < loop.shallow_share and depth > 1:
+            shallow = int(torch.randint(1, depth, (), generator=rng))
         on_the_way = shallow - (depth - learnt)
         found = model(inputs, state, learnt, on_the_way if on_the_way > 0 else None)
         loss = cross_entropy(found.logits, tokens).mean()
@@ -113,6 +112,8 @@ class RecurrentTask(GeneratorTask):
     def _advance(self, state: Tensor, inputs: Tensor, count: int, lag: bool, rng: torch.Generator) -> Tensor:
         """States after recurrences that are not differentiated. With a lag a token waits at its first state while those
         before it are already at work, as in a wave whose keys and values are shared."""
+        if not count:
+            return state
         embedded = self.model.embed(inputs)
         waits = torch.zeros(inputs.shape[1])
         if lag:

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from vgen.data import BUILT_IN, open_source
-from vgen.emoji import FONT, LIST, NAMES, PLACES, TONES, Emoji, find, pictures, read_list, render, without_most_tones
+from vgen.emoji import (
+    FONT,
+    LIST,
+    NAMES,
+    PLACES,
+    TONES,
+    Emoji,
+    find,
+    pictures,
+    place_at_random,
+    read_list,
+    render,
+    without_most_tones,
+)
 from vgen.evaluation.images import open_images
 from vgen.types import SettingError
 
@@ -89,8 +102,8 @@ def test_pictures_are_what_the_font_shows(tmp_path: Path) -> None:
 
 @installed
 def test_splits_are_whole_mirrored_where_nothing_is_read_and_share_no_picture(tmp_path: Path) -> None:
-    train, labels = pictures("train", 32, tmp_path)
-    test, test_labels = pictures("test", 32, tmp_path)
+    train, _, labels = pictures("train", 32, tmp_path)
+    test, _, test_labels = pictures("test", 32, tmp_path)
     assert train.shape[1:] == (32, 32, 3) and len(train) == len(labels) > 3000 and len(test) > 60
     assert set(labels) == set(test_labels) == set(range(9))
     flags = train[np.array(labels) == NAMES.index("flags")]
@@ -102,3 +115,31 @@ def test_splits_are_whole_mirrored_where_nothing_is_read_and_share_no_picture(tm
     assert torch.equal(source.images([0])[0].permute(1, 2, 0), torch.from_numpy(test[0]))
     assert source.class_names == NAMES == BUILT_IN["noto-emoji"].class_names
     assert len(open_images("noto-emoji:test", data_root=tmp_path)) == len(test)
+
+
+@installed
+def test_placed_at_random_they_are_smaller_whole_and_elsewhere(tmp_path: Path) -> None:
+    source = open_source("noto-emoji", "test", 32, 3, tmp_path)
+    plain, placed, again = source.images(range(8)), source.images(range(8), 1), source.images(range(8), 1)
+    assert placed.shape == plain.shape and placed.dtype == torch.uint8
+    assert torch.equal(placed, again) and not torch.equal(placed, source.images(range(8), 2))
+    assert torch.equal(source.images([3], 1)[0], placed[3])  # whatever stands beside it
+
+    def extent(images: torch.Tensor) -> torch.Tensor:
+        ink = (images.min(1).values < 200).flatten(0, 0)
+        return torch.stack([ink.any(1).sum(1), ink.any(2).sum(1)])
+
+    share = extent(placed) / extent(plain)
+    assert (share > 0.7).all() and (share < 1.1).all() and share.std() > 0.01
+
+
+def test_a_picture_is_placed_anywhere_and_never_cut() -> None:
+    large = np.zeros((16, 16, 3), np.uint8)
+    sides, corners = set(), set()
+    for seed in range(60):
+        ink = place_at_random(large, 8, np.random.default_rng(seed))[..., 0] < 128
+        rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+        assert len(rows) == len(columns) == rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1
+        sides.add(len(rows))
+        corners.add((rows[0], columns[0]))
+    assert sides == {6, 7, 8} and len(corners) == 9

@@ -74,6 +74,21 @@ def train_generator(
     _train("generator", preset, settings, out, resume, data_root)
 
 
+@train_app.command("decoder")
+def train_decoder(
+    preset: Preset,
+    settings: Settings = [],  # noqa: B006
+    out: OutFolder = None,
+    resume: Resume = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Train the decoder of a finished model further, for what its generator samples.
+
+    Example: vgen train decoder --preset fashion-var-decoder
+    """
+    _train("decoder", preset, settings, out, resume, data_root)
+
+
 @train_app.command("classifier")
 def train_classifier(
     preset: Preset,

@@ -89,6 +89,21 @@ class MemorySource:
 
 
 @dataclass(frozen=True)
+class EmojiSource(MemorySource):
+    """Emoji, which with `crop_seed` are placed at random, a little smaller; `large` has them twice as large."""
+
+    large: np.ndarray  # (N, 2 S, 2 S, 3) uint8
+
+    def images(self, indices: Sequence[int], crop_seed: int | None = None) -> Tensor:
+        if crop_seed is None:
+            return super().images(indices)
+        size = self.pixels.shape[-1]
+        rngs = (np.random.default_rng([crop_seed, index]) for index in indices)
+        placed = [emoji.place_at_random(self.large[index], size, rng) for index, rng in zip(indices, rngs, strict=True)]
+        return torch.from_numpy(np.stack(placed)).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
 class FolderSource:
     """Image files on disk: the shorter side is resized (Lanczos), then cropped to a square (VAR's recipe)."""
 
@@ -171,11 +186,12 @@ def _open_torchvision(
     return MemorySource(pixels.expand(-1, channels, -1, -1), found.targets.long(), BUILT_IN[name].class_names)
 
 
-def _open_emoji(split: str, size: int, channels: int, root: Path) -> MemorySource:
+def _open_emoji(split: str, size: int, channels: int, root: Path) -> EmojiSource:
     if channels != 3:
         raise SettingError("noto-emoji is in colour, but one channel was asked for: --set model.image_channels=3")
-    found, labels = emoji.pictures(split, size, root)
-    return MemorySource(torch.from_numpy(found).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), emoji.NAMES)
+    found, large, labels = emoji.pictures(split, size, root)
+    pixels = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+    return EmojiSource(pixels, torch.tensor(labels), emoji.NAMES, large)
 
 
 def folder_files(folder: Path, split: str) -> tuple[list[tuple[Path, int]], list[str]]:

@@ -36,6 +36,7 @@ PLACES = {
 }
 PIXELS = 109  # the size of the font's bitmaps, 136x128 with their margins
 SIDE = 136
+SMALLEST = 0.8  # of its size a picture is where it is placed at random
 HELD_OUT_EVERY = 20  # subjects, with all their variants
 TONES = range(0x1F3FB, 0x1F400)
 PLAIN = {0xFE0F, 0x2640, 0x2642, 0x200D, *TONES}  # what tells variants apart, and binds them
@@ -116,8 +117,10 @@ def render(font: ImageFont.FreeTypeFont, emoji: Emoji) -> Image.Image | None:
     return Image.alpha_composite(canvas, layer).convert("RGB")
 
 
-def pictures(split: str, size: int, root: Path) -> tuple[np.ndarray, list[int]]:
-    """Pictures (N, size, size, 3) uint8 and class ids; training ones also mirrored, but for what could be read.
+def pictures(split: str, size: int, root: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Pictures (N, size, size, 3) uint8, the same twice as large, and class ids.
+
+    Training ones also mirrored, but for what could be read.
 
     Raises SettingError where the font, the list, or what renders sequences of code points is missing.
     """
@@ -129,21 +132,34 @@ def pictures(split: str, size: int, root: Path) -> tuple[np.ndarray, list[int]]:
     except OSError as error:
         raise SettingError(f"{path} holds no bitmaps of {PIXELS} pixels: take Debian's {FONT}") from error
     images: list[np.ndarray] = []
+    large: list[np.ndarray] = []
     labels: list[int] = []
     seen: set[bytes] = set()
     for item in without_most_tones(read_list(find(LIST, root).read_text("utf-8").splitlines())):
         if (picture := render(font, item)) is None:
             continue
-        small = np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
-        copies = [small] if NAMES[item.group] in READABLE else [small, small[:, ::-1]]
+        sizes = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for side in (size, 2 * size)]
+        readable = NAMES[item.group] in READABLE
+        copies, wide = ([found] if readable else [found, found[:, ::-1]] for found in sizes)
         found = {copy.tobytes() for copy in copies}
         if found & seen:  # some territories share a flag, and a left hand mirrored is a right one
             continue
         seen |= found
         if item.split == split:
-            kept = copies if split == "train" else copies[:1]
-            images += kept
-            labels += [item.group] * len(kept)
+            kept = len(copies) if split == "train" else 1
+            images += copies[:kept]
+            large += wide[:kept]
+            labels += [item.group] * kept
     if not images:
         raise SettingError(f"{path} has none of the emoji of {find(LIST, root)}: take Debian's {FONT}")
-    return np.stack(images), labels
+    return np.stack(images), np.stack(large), labels
+
+
+def place_at_random(large: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture (2 size, 2 size, 3) uint8 on white, made a little smaller and put anywhere -> (size, size, 3)."""
+    side = int(rng.integers(round(SMALLEST * size), size + 1))
+    left, top = rng.integers(size - side + 1, size=2)
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    picture = Image.fromarray(large).resize((side, side), Image.Resampling.LANCZOS)
+    canvas[top : top + side, left : left + side] = np.asarray(picture)
+    return canvas

@@ -42,7 +42,7 @@ def cpu_minutes(card: str) -> int | None:
 def _spent_on(config: TrainingConfig) -> str:
     """What a card adds to the name of the model that a run began with; nothing where that has no card."""
     folder = find_local(str(config.init_from))
-    if folder is not None and config.kind == "tokenizer":
+    if folder is not None and config.kind in ("tokenizer", "decoder"):
         folder = component_folders(folder)["tokenizer"]
     card = (folder or Path(str(config.init_from)).expanduser()) / "README.md"
     minutes = cpu_minutes(card.read_text(errors="replace")) if card.is_file() else None

@@ -22,7 +22,7 @@ WITH_PARTS = ("model", "video", "loop", "sample_settings")  # settings whose par
 class TrainingConfig:
     """Everything that decides a training run. Batch size and steps count optimizer steps over all processes."""
 
-    kind: str  # "tokenizer", "generator" or "classifier"
+    kind: str  # "tokenizer", "generator", "decoder" or "classifier"
     name: str
     data: str  # "fashion-mnist", "mnist", "noto-emoji", a folder of classes; videos: "moving-mnist" or a folder
     data_root: str | None = None
@@ -32,7 +32,7 @@ class TrainingConfig:
     init_from: str | None = None  # a trained model of the same settings to begin with: bundled, or a folder
     image_size: int = 0  # tokenizers: 0 takes what the model implies; classifiers: what they are trained on
     flip: bool = False  # horizontal flips: at random; for generators as a second copy of the tokens for generators
-    crops: int = 1  # generators on folders: crops of each image to tokenize; the first is the centre
+    crops: int = 1  # generators: crops of each image to tokenize, the first the centre; emoji: placed at random
 
     steps: int
     batch_size: int
@@ -61,6 +61,7 @@ class TrainingConfig:
     perceptual: float = 0.0  # tokenizers: weight of LPIPS on VGG-16, whose weights are downloaded on first use; 0: off
     adversarial: float = 0.0  # tokenizers: weight of the discriminator's verdict (0.5 in NFIG); 0: off
     adversarial_start: float = 0.1  # tokenizers: share of the run before there is a discriminator
+    samples: int = 10_000  # decoders: of the model's samples, those that its decoder is trained on
     restart_every: int = 50  # tokenizers: steps between restarts of dead codes
     restart_until: float = 0.7  # tokenizers: share of the run after which codes are left alone
 
@@ -78,7 +79,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "kind": ("tokenizer", "generator", "classifier"),
+            "kind": ("tokenizer", "generator", "decoder", "classifier"),
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear"),
             "precision": ("auto", "no", "fp16", "bf16"),
@@ -88,7 +89,7 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SettingError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        counts = ("steps", "batch_size", "accumulation", "keep", "crops", "restart_every")
+        counts = ("steps", "batch_size", "accumulation", "keep", "crops", "restart_every", "samples")
         for name in (*counts, "log_every", "eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -115,6 +116,8 @@ class TrainingConfig:
             raise SettingError(f"loop settings serve the family 'recurrent', not {self.family!r}: leave them out")
         if self.init_from and self.kind == "classifier":
             raise SettingError(f"init_from is {self.init_from!r}, but a classifier begins anew: leave it out")
+        if self.kind == "decoder" and not self.init_from:
+            raise SettingError("a decoder needs the model it belongs to: --set init_from=FOLDER of a trained one")
         if self.frozen and (self.kind != "tokenizer" or not self.init_from):
             raise SettingError(
                 f"frozen is {self.frozen}: it is for tokenizers that begin with a trained one, init_from"
@@ -127,8 +130,9 @@ class TrainingConfig:
             weight = getattr(self, name)
             if not 0 <= weight < math.inf:
                 raise SettingError(f"{name} is {weight}: it must be at least 0, and finite")
-            if weight and self.kind != "tokenizer":
-                raise SettingError(f"{name} is {weight}, but serves tokenizers, not a {self.kind}: leave it out")
+            served = ("tokenizer", "decoder") if name == "adversarial" else ("tokenizer",)
+            if weight and self.kind not in served:
+                raise SettingError(f"{name} is {weight}, but serves {served[0]}s, not a {self.kind}: leave it out")
         if not 0 <= self.adversarial_start < 1:
             raise SettingError(f"adversarial_start is {self.adversarial_start}: it must be from 0 to below 1")
 

@@ -1,10 +1,7 @@
 """What training any generator shares: a tokenizer's tokens, computed once and kept on disk, and figures of samples."""
 
-import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import ImageSource, data_root, open_source, spread, to_model_range
+from vgen.data import open_source, spread
 from vgen.evaluation.quick import QuickJudge
-from vgen.files import atomic_file, sha256, weight_files
 from vgen.hub import load_tokenizer
 from vgen.media import contact_sheet, sheet_zoom
-from vgen.progress import progress
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
+from vgen.training.tokens import stored_tokens
 from vgen.types import SettingError
 
 EVALUATION_BATCH = 250
@@ -56,8 +52,10 @@ class GeneratorTask(ABC):
         )
         given = {theirs: config.model[name] for name, theirs in self.init_settings.items() if name in config.model}
         self.model.init_weights(**given)
-        self.labels, self.tokens = self._tokens(train, "train", 2 if config.flip else 1, config.crops)
-        self.test_labels, self.test_tokens = self._tokens(test, "test", 1, 1)
+        coder = self.tokenizer, self.tokenizer_folder, config
+        self.tokens = stored_tokens(*coder, train, "train", 2 if config.flip else 1, config.crops)
+        self.test_tokens = stored_tokens(*coder, test, "test", 1, 1)
+        self.labels, self.test_labels = train.labels, test.labels
         self.num_examples = len(self.tokens)
         self.judge = QuickJudge(config.classifier, test) if config.classifier else None
 
@@ -66,10 +64,6 @@ class GeneratorTask(ABC):
     @abstractmethod
     def decided(self) -> dict[str, Any]:
         """Settings of the model that the tokenizer decides."""
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [-1, 1] -> their tokens (B, L)."""
 
     @abstractmethod
     def training_loss(
@@ -126,13 +120,7 @@ class GeneratorTask(ABC):
         return figures | self.judge(self.pipeline(), self.config.score_samples, **settings)
 
     def picture(self) -> Image.Image:
-        """One column per class (the first sixteen), eight samples each, always of the same seeds."""
-        classes = list(range(min(16, len(self.class_names))))
-        labels = [label for _ in range(8) for label in classes]
-        images = self.pipeline()(
-            class_labels=labels, seeds=list(range(len(labels))), guidance_scale=self.config.sample_guidance
-        ).images
-        return contact_sheet(images, len(classes), sheet_zoom(self.tokenizer.image_size))
+        return sample_sheet(self.pipeline(), self.config.sample_guidance)
 
     def export(self, folder: Path, card: str) -> None:
         torch.nn.Module.half(self.model)
@@ -145,57 +133,19 @@ class GeneratorTask(ABC):
             (folder / "tokenizer" / "README.md").write_text(tokenizer_card.read_text())
         (folder / "README.md").write_text(card)
 
-    def _tokens(self, source: ImageSource, split: str, copies: int, crops: int) -> tuple[Tensor, np.ndarray]:
-        """Labels (N,) and tokens (copies * crops * N, L): the images as they are, then the other crops, then flips.
 
-        Kept beside the data set under a name that says which tokenizer and which images they belong to.
-        """
-        config, tokenizer = self.config, self.tokenizer
-        coder = sha256(*weight_files(self.tokenizer_folder), self.tokenizer_folder / "config.json")
-        key = hashlib.sha256(f"{coder} {source.fingerprint()} {copies} {crops}".encode()).hexdigest()[:16]
-        path = token_folder(config) / f"{Path(config.data).name}-{split}-{key}.npy"
-        if not path.exists():
-            dtype = np.uint16 if tokenizer.config["vocab_size"] <= 1 << 16 else np.int32
-            with atomic_file(path) as partial:
-                blank = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size)
-                shape = (copies * crops * len(source.labels), self.encode(blank).shape[1])
-                stored = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-                if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file kills the process
-                    with partial.open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-                self._tokenize(source, split, crops, copies, stored)
-                stored.flush()
-                del stored
-        return source.labels, np.load(path, mmap_mode="r")
-
-    def _tokenize(self, source: ImageSource, split: str, crops: int, copies: int, stored: np.ndarray) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer.to(device)
-        number, size = len(source.labels), 100
-        with progress(len(stored), f"tokens of {self.config.data} ({split})", "images") as shown:
-            for crop in range(crops):
-                for start in range(0, number, size):
-                    indices = range(start, min(start + size, number))
-                    images = to_model_range(source.images(indices, crop_seed=crop or None)).to(device)
-                    for copy in range(copies):
-                        tokens = self.encode(images.flip(-1) if copy else images)
-                        first = (copy * crops + crop) * number + start
-                        stored[first : first + len(tokens)] = tokens.cpu().numpy()
-                        shown.advance(len(tokens))
-        self.tokenizer.to("cpu")
+def sample_sheet(pipeline: Any, guidance_scale: float) -> Image.Image:
+    """One column per class (the first sixteen), eight samples each, always of the same seeds."""
+    classes = list(range(min(16, pipeline.null_class)))
+    labels = [label for _ in range(8) for label in classes]
+    seeds = list(range(len(labels)))
+    images = pipeline(class_labels=labels, seeds=seeds, guidance_scale=guidance_scale).images
+    return contact_sheet(images, len(classes), sheet_zoom(pipeline.tokenizer.image_size))
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Of every token (B, N)."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-
-
-def token_folder(config: TrainingConfig) -> Path:
-    """Where tokens are kept: beside the data sets, or in the cache where that place is read-only."""
-    folder = data_root(config.data_root) / "tokens"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path.home() / ".cache" / "vgen" / "tokens"
 
 
 def _tokenizer_folder(name: str) -> Path:

@@ -57,9 +57,6 @@ class MaskedTask(GeneratorTask):
     def decided(self) -> dict[str, Any]:
         return {"num_tokens": self.tokenizer.num_tokens, "vocab_size": self.tokenizer.config["vocab_size"]}
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
-
     def training_loss(
         self, model: nn.Module, tokens: Tensor, labels: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:

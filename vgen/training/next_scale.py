@@ -24,9 +24,6 @@ class NextScaleTask(GeneratorTask):
     def decided(self) -> dict[str, Any]:
         return {name: self.tokenizer.config[name] for name in ("scales", "vocab_size", "code_dim")}
 
-    def encode(self, images: Tensor) -> Tensor:
-        return torch.cat(self.tokenizer.encode(images), dim=1)
-
     def training_loss(
         self, model: nn.Module, tokens: Tensor, labels: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:

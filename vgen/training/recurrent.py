@@ -71,9 +71,6 @@ class RecurrentTask(GeneratorTask):
         side = self.tokenizer.side
         return {"num_tokens": side * side, "grid": side, "vocab_size": self.tokenizer.config["vocab_size"]}
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
-
     # ---- training
 
     def training_loss(

@@ -41,7 +41,7 @@ def start(config: TrainingConfig, out: Path, resume: bool = False, command: str 
 def build_task(config: TrainingConfig, resume: bool = False) -> Task:
     """The task, with a model that begins as the configuration says unless a checkpoint will be loaded into it."""
     task = _task(config)
-    if config.init_from and not resume:
+    if config.init_from and config.kind != "decoder" and not resume:  # a decoder's task needs the model in any case
         start_from(task.model, config.init_from)
     return task
 
@@ -51,6 +51,10 @@ def _task(config: TrainingConfig) -> Task:
         from vgen.training.tokenizers import TokenizerTask
 
         return TokenizerTask(config)
+    if config.kind == "decoder":
+        from vgen.training.decoders import DecoderTask
+
+        return DecoderTask(config)
     if config.kind == "classifier":
         from vgen.training.classifiers import ClassifierTask
 

@@ -5,6 +5,7 @@ On request also the perceptual and adversarial terms that VQGAN, VAR and NFIG ar
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vgen.data import flip_at_random, open_source, spread, to_model_range, to_uint8, to_unit_range
+from vgen.data import ImageSource, flip_at_random, open_source, spread, to_model_range, to_uint8, to_unit_range
 from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
@@ -103,13 +104,11 @@ class TokenizerTask:
                 torch.distributed.broadcast(codebook.usage, 0)
 
     def evaluate(self) -> dict[str, float]:
-        errors, indices = [], spread(len(self.held_out.labels), HELD_OUT)
-        for start in range(0, len(indices), 250):
-            images = to_model_range(self.held_out.images(indices[start : start + 250]))
-            rebuilt = self.model.decode(self.model.encode(images))[:, : images.shape[1]].cpu()
-            errors.append(F.mse_loss(rebuilt, images, reduction="none").mean((1, 2, 3)))
-        psnr = 10 * torch.log10(4 / torch.cat(errors)).mean()
-        return {"test_psnr": float(psnr), **self.model.codebook.statistics()}
+        chosen = spread(len(self.held_out.labels), HELD_OUT)
+        return {
+            "test_psnr": reconstruction_psnr(self.model, self.held_out, chosen),
+            **self.model.codebook.statistics(),
+        }
 
     def picture(self) -> Image.Image:
         """Rows of originals, each above its reconstruction."""
@@ -124,3 +123,13 @@ class TokenizerTask:
         self.model.save_pretrained(folder)
         self.model.float()
         (folder / "README.md").write_text(card)
+
+
+def reconstruction_psnr(tokenizer: Any, source: ImageSource, indices: Sequence[int]) -> float:
+    """Mean PSNR of some of the images, in dB, of images in [-1, 1]."""
+    errors = []
+    for start in range(0, len(indices), 250):
+        images = to_model_range(source.images(indices[start : start + 250]))
+        rebuilt = tokenizer.decode(tokenizer.encode(images))[:, : images.shape[1]].cpu()
+        errors.append(F.mse_loss(rebuilt, images, reduction="none").mean((1, 2, 3)))
+    return float((10 * torch.log10(4 / torch.cat(errors))).mean())

@@ -1,0 +1,148 @@
+"""Training a model's decoder further: tokens stay what they are, and only the decoder learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import fresh_accelerate  # noqa: F401
+from tiny import WEIGHTS, generator_config, tokenizer_config, write_folder, write_mnist
+
+import vgen
+from vgen.data import open_source, to_model_range
+from vgen.training.adversary import Adversary
+from vgen.training.config import TrainingConfig
+from vgen.training.decoders import DecoderTask, DetailAdversary, DetailDiscriminator
+from vgen.training.run import build_task, start
+from vgen.training.tokens import flat_latent, flat_tokens
+from vgen.training.trainer import checkpoints
+from vgen.types import SettingError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished model, with the cards of both its parts."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = start(tokenizer_config(data), folder / "vq")
+    return start(generator_config(data, tokenizer), folder / "var")
+
+
+def decoder_config(data: Path, trained: Path, **changes: Any) -> TrainingConfig:
+    """A run of a few seconds."""
+    values: dict[str, Any] = {
+        "kind": "decoder",
+        "name": "tiny-decoder",
+        "family": "decoder",
+        "model": {},
+        "init_from": str(trained),
+        "samples": 24,
+        "adversarial": 0.1,
+        "warmup": 0,
+        "flip": False,
+    }
+    return tokenizer_config(data, **values | changes)
+
+
+def test_only_the_decoder_learns_and_the_model_is_whole(data: Path, trained: Path, tmp_path: Path) -> None:
+    out = start(decoder_config(data, trained), tmp_path / "run", command="vgen train decoder")
+    for part, kept in (("generator", True), ("tokenizer", False)):
+        old, new = (load_file(folder / part / WEIGHTS) for folder in (trained, out))
+        changed = {name for name in old if not torch.equal(old[name], new[name])}
+        assert old.keys() == new.keys() and (not changed) == kept
+        assert {name.split(".")[0] for name in changed} <= {"decoder", "post_quant_conv"}
+    before, after = vgen.load(trained), vgen.load(out)
+    images = to_model_range(open_source("fashion-mnist", "test", 8, 1, data).images(range(16)))
+    ours, theirs = (flat_tokens(pipe.tokenizer.encode(images)) for pipe in (before, after))
+    assert torch.equal(ours, theirs)
+    made = [pipe([1, 2], seeds=[0, 1], output_type="pt") for pipe in (before, after)]
+    assert torch.equal(*(flat_tokens(found.tokens) for found in made))
+    assert not torch.equal(*(found.images for found in made))
+    card = (out / "tokenizer" / "README.md").read_text()
+    assert (
+        "`vgen train decoder`" in card and "| test_psnr |" in card and "CPU-minutes)" in card
+    )  # of what it began with
+    own = (out / "README.md").read_text()
+    assert own.startswith((trained / "README.md").read_text()) and own.rstrip().endswith("tokenizer/README.md |")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(data: Path, trained: Path, tmp_path: Path) -> None:
+    whole = start(decoder_config(data, trained, save_every=3, keep=9), tmp_path / "whole")
+    half = tmp_path / "half"
+    start(decoder_config(data, trained, save_every=3, keep=9), half)
+    for folder in checkpoints(half)[1:]:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        folder.rmdir()
+    again = start(decoder_config(data, trained, save_every=3, keep=9), half, resume=True)
+    ours, theirs = (load_file(folder / "tokenizer" / WEIGHTS) for folder in (whole, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_it_learns_from_images_and_from_the_models_own_samples(data: Path, trained: Path) -> None:
+    task: Any = build_task(decoder_config(data, trained))
+    assert isinstance(task, DecoderTask) and task.samples.shape == (24, task.tokens.shape[1])
+    expected = task.pipeline([3], seeds=[1_000_000_003], guidance_scale=2.5)  # the preset's sample_guidance
+    assert torch.equal(flat_tokens(expected.tokens)[0], torch.from_numpy(task.samples[3]))
+    images, tokens, sampled = task.batch(torch.arange(8).numpy(), seed=5)
+    assert torch.equal(flat_tokens(task.model.tokenizer.encode(images)), tokens)
+    assert {tuple(row) for row in sampled.tolist()} <= {tuple(row) for row in task.samples.tolist()}
+    loss, _ = task.loss(task.model, (images, tokens, sampled), torch.Generator())
+    made = task.model(flat_latent(task.model.tokenizer, torch.cat([tokens, sampled])))
+    rebuilt, logits = made[:8], task.adversary.discriminator(made)
+    error = (rebuilt - images).square().mean() + 0.2 * (rebuilt - images).abs().mean()
+    wanted = error + 0.1 * torch.nn.functional.softplus(-logits).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    loss.backward()
+    touched = {name.split(".")[1] for name, p in task.model.named_parameters() if p.grad is not None}
+    assert touched == {"decoder", "post_quant_conv"}
+    assert all(p.grad is None for p in task.adversary.parameters)  # the term is the decoder's alone
+
+
+def test_the_discriminator_learns_to_tell_them_apart(data: Path, trained: Path) -> None:
+    config = decoder_config(data, trained, lr=2e-3, steps=60)
+    adversary, vqgan = DetailAdversary(config, 1, 8), Adversary(config, 1, 8)
+    assert adversary.lr == 2 * vqgan.lr == 4e-3
+    gen = torch.Generator().manual_seed(0)
+    real = torch.rand(16, 1, 8, 8, generator=gen)
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
+    losses = []
+    for step in range(1, 61):
+        losses.append(adversary.study(real, blurred).item())
+        adversary.learn(step)
+    assert losses[0] == pytest.approx(1.386, abs=0.05) and losses[-1] < 0.5
+    assert adversary.generator_loss(real) < adversary.generator_loss(blurred)
+
+
+def test_the_discriminator_sees_patches_of_28_pixels() -> None:
+    network = DetailDiscriminator(1)
+    images = torch.zeros(1, 1, 64, 64, requires_grad=True)
+    logits = network(images)
+    assert logits.shape == (1, 1, 16, 16)
+    (gradient,) = torch.autograd.grad(logits[0, 0, 8, 8], images)
+    rows = gradient[0, 0].abs().sum(1).nonzero()
+    assert rows.max() - rows.min() + 1 == 28
+
+
+def test_what_cannot_be_trained_so_is_one_line(data: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="a decoder needs the model it belongs to"):
+        decoder_config(data, trained, init_from=None)
+    with pytest.raises(SettingError, match="unknown model 'nowhere'"):
+        build_task(decoder_config(data, trained, init_from="nowhere"))
+    with pytest.raises(SettingError, match="whose tokenizer is a PatchPCA"):
+        build_task(decoder_config(data, trained, init_from="moving-far"))
+    three = dataclasses.replace(decoder_config(data, trained), data=str(write_folder(tmp_path / "three", side=8)))
+    with pytest.raises(SettingError, match=r"has 3 classes, but .* 10: take the data"):
+        build_task(three)
+
+
+def test_the_settings_of_the_model_stay(data: Path, trained: Path, tmp_path: Path) -> None:
+    out = start(decoder_config(data, trained, steps=1), tmp_path / "run")
+    assert json.loads((out / "model_index.json").read_text()) == json.loads((trained / "model_index.json").read_text())

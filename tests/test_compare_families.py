@@ -25,9 +25,9 @@ def judged(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
     """What was judged, by a judge whose FID is 20 and the number of the set."""
     asked: list[tuple[str, int]] = []
 
-    def judge(entry: Any, row: dict[str, Any], data_root: str | None, path: Path) -> dict[str, Any]:
+    def judge(entry: Any, row: dict[str, Any], data_root: str | None) -> dict[str, Any]:
         asked.append((entry.name, row["seed"]))
-        return {"metrics": metrics(20 + row["seed"] / 20), "lines": {"fid": "as ever"}}
+        return {"metrics": metrics(20 + row["seed"] / 20), "protocol": "as ever"}
 
     monkeypatch.setattr(script, "_evaluate", judge)
     return asked
@@ -77,6 +77,21 @@ def test_the_table_gives_means_and_spreads_and_replaces_the_old_one(
     with pytest.raises(typer.BadParameter, match="lacks the lines"):
         script.table(results=tmp_path, readme=readme)
     assert readme.read_text() == "no marks"
+
+
+def test_samples_that_two_samplers_share_are_judged_once(
+    script: ModuleType, judged: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    import vgen
+
+    script.measure(only="fashion-recurrent", per_class=1, seeds=2, data_root=None, results=tmp_path)
+    assert judged == [(f"fashion-recurrent {sampler}", seed) for sampler in ("raster", "wave-df") for seed in (0, 10)]
+    rows = {(row["sampler"], row["seed"]): row for row in json.loads((tmp_path / "families.json").read_text())}
+    raster, waves = rows["raster", 10], rows["wave-exact", 10]
+    assert waves["metrics"] == raster["metrics"] and waves["evaluations"] != raster["evaluations"]
+    pipeline = vgen.load("fashion-recurrent")
+    found = [pipeline([4], seeds=[14], sampler=name).tokens for name in ("raster", "wave-exact")]
+    assert (found[0] == found[1]).all()
 
 
 def test_every_entry_is_a_model_and_a_sampler_of_it(script: ModuleType) -> None:

@@ -27,7 +27,6 @@ from vgen.data import FASHION, open_source, to_model_range, to_uint8
 from vgen.evaluation.classifier import ImageClassifier
 from vgen.evaluation.extractors import ExtractorOptions, build_extractor
 from vgen.evaluation.metrics import frechet_distance
-from vgen.hub import load_tokenizer
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.training.config import TrainingConfig, load_config
 from vgen.training.muon import Muon
@@ -526,31 +525,6 @@ def test_a_trained_tokenizer_is_one_to_load(data: Path, tmp_path: Path) -> None:
     assert loaded.image_size == 8 and list(loaded.config.scales) == TOKENIZER["scales"]
     card = (folder / "README.md").read_text()
     assert "`vgen train tokenizer`" in card and "| test_psnr |" in card and "fashion-mnist" in card
-
-
-FROZEN = ["encoder", "quant_conv", "codebook", "phi"]
-
-
-@pytest.mark.parametrize("frozen", [FROZEN, []])
-def test_a_finer_decoder_leaves_all_tokens_as_they_are(
-    data: Path, tokenizer: Path, tmp_path: Path, frozen: list[str]
-) -> None:
-    """With what decides tokens frozen, generators that were trained on them go on to serve."""
-    changes: dict[str, Any] = {"init_from": str(tokenizer), "frozen": frozen, "warmup": 0, "adversarial": 0.5}
-    path = start(tokenizer_config(data, **changes), tmp_path / "run")
-    before, after = (load_tokenizer(folder, device="cpu", dtype=torch.float32)[0] for folder in (tokenizer, path))
-    images = to_model_range(open_source("fashion-mnist", "test", before.image_size, 1, data).images(range(16)))
-    tokens = before.encode(images)
-    kept = all(torch.equal(a, b) for a, b in zip(tokens, after.encode(images), strict=True))
-    assert kept == bool(frozen)
-    assert not torch.equal(before.decode(tokens), after.decode(tokens))
-
-
-def test_what_cannot_be_frozen_is_one_line(data: Path, tokenizer: Path) -> None:
-    with pytest.raises(SettingError, match=r"frozen is \['encoder'\]: it is for tokenizers that begin"):
-        tokenizer_config(data, frozen=["encoder"])
-    with pytest.raises(SettingError, match=r"frozen is \['head'\]: the parts are encoder, decoder"):
-        build_task(tokenizer_config(data, frozen=["head"], init_from=str(tokenizer)))
 
 
 def test_a_run_can_be_looked_at(

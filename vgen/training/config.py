@@ -55,7 +55,6 @@ class TrainingConfig:
     mask_weight: str = "1/t"  # masked generators: of a masked token's loss; or "uniform"
     classifier: str | None = None  # generators: judges samples at every evaluation; a bundled one, or a folder
     score_samples: int = 500  # generators: how many; compare runs at equal numbers only
-    frozen: list[str] = field(default_factory=list)  # tokenizers: parts that stay as init_from has them: encoder, ...
     commitment: float = 0.25  # tokenizers
     l1: float = 0.2  # tokenizers: weight of the absolute error beside the squared one
     perceptual: float = 0.0  # tokenizers: weight of LPIPS on VGG-16, whose weights are downloaded on first use; 0: off
@@ -118,10 +117,6 @@ class TrainingConfig:
             raise SettingError(f"init_from is {self.init_from!r}, but a classifier begins anew: leave it out")
         if self.kind == "decoder" and not self.init_from:
             raise SettingError("a decoder needs the model it belongs to: --set init_from=FOLDER of a trained one")
-        if self.frozen and (self.kind != "tokenizer" or not self.init_from):
-            raise SettingError(
-                f"frozen is {self.frozen}: it is for tokenizers that begin with a trained one, init_from"
-            )
         if self.kind == "generator" and not self.tokenizer and self.family != "far":
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 

@@ -35,7 +35,6 @@ class TokenizerTask:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.model = build_model(FAMILIES, config)
-        self._freeze()
         size, channels = self.model.image_size, self.model.config["image_channels"]
         if config.image_size not in (0, size):
             raise SettingError(f"image_size is {config.image_size}, but the model's token grid gives {size}")
@@ -46,13 +45,6 @@ class TokenizerTask:
         self.quantized: list[tuple[Tensor, Tensor]] = []
         self.perceptual = Perceptual(size) if config.perceptual else None
         self.adversary = Adversary(config, channels, size) if config.adversarial else None
-
-    def _freeze(self) -> None:
-        parts = dict(self.model.named_children())
-        for name in self.config.frozen:
-            if name not in parts:
-                raise SettingError(f"frozen is {self.config.frozen}: the parts are {', '.join(parts)}")
-            parts[name].requires_grad_(False)
 
     @property
     def companions(self) -> Sequence[Adversary]:
@@ -92,7 +84,7 @@ class TokenizerTask:
         codebook = self.model.codebook
         for scale, (_, tokens) in enumerate(self.quantized):
             codebook.count(tokens, scale)
-        if "codebook" in self.config.frozen or step > self.config.restart_until * self.config.steps:
+        if step > self.config.restart_until * self.config.steps:
             return
         if step == 1 or step % self.config.restart_every == 0:
             # every scale has an equal say, though the finest has most of the vectors

@@ -5,8 +5,6 @@ a weight that balances the term with the reconstruction. VAR and NFIG train with
 weights have to be downloaded, and it is not built here. Knows nothing of tokenizers beyond their images.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
@@ -70,38 +68,19 @@ class Adversary:
         begin: how many of them pass before it takes part.
     """
 
-    tempo = 1.0  # the discriminator's learning rate, relative to the tokenizer's
-
     def __init__(self, config: TrainingConfig, channels: int, size: int) -> None:
         torch.manual_seed(config.seed + 1)  # the same in all processes, and not the tokenizer's
-        self.discriminator: Any = self.build(channels, size).eval()
+        self.discriminator = PatchDiscriminator(channels, size).eval()
         self.parameters = list(self.discriminator.parameters())
         # The betas of GANs: with long memories two players that chase each other overshoot. VQGAN decays no weights.
-        self.lr = self.tempo * config.lr
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
         schedule = get_scheduler(
             config.schedule, self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
-        self.lr_factor = schedule.lr_lambdas[0]
+        self.lr, self.lr_factor = config.lr, schedule.lr_lambdas[0]
         self.done, self.begin = 0, int(config.adversarial_start * config.steps)
         self.gradients: list[Tensor] = []  # sums over the batches since the last step
         self.batches = 0
-
-    # ---- the game, which may be another (vgen.training.decoders)
-
-    def build(self, channels: int, size: int) -> nn.Module:
-        """The discriminator: images (B, channels, size, size) -> logits of any shape, and a method `refine`."""
-        return PatchDiscriminator(channels, size)
-
-    def loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The discriminator's loss of logits, a scalar."""
-        return hinge_loss(real, fake)
-
-    def gain(self, fake: Tensor) -> Tensor:
-        """What the tokenizer is to make small, of logits of its images; a scalar."""
-        return -fake.mean()
-
-    # ---- a step
 
     @property
     def active(self) -> bool:
@@ -127,21 +106,21 @@ class Adversary:
             figures = {
                 "adversarial": term,
                 "adversarial_weight": weight,
-                "discriminator": self.study(real, fake.detach()),
+                "discriminator": self._study(real, fake.detach()),
             }
         return weight * term, figures
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """The tokenizer's term of its images (B, C, S, S), a scalar; the discriminator gets no gradient."""
+        """Minus the mean logit of fake images (B, C, S, S), a scalar."""
         self.discriminator.requires_grad_(False)
         logits = self.discriminator(fake)
         self.discriminator.requires_grad_(True)
-        return self.gain(logits.float())
+        return -logits.mean()
 
-    def study(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The discriminator's loss of a batch; its gradients are added to those of earlier batches of this step."""
-        logits = self.discriminator(torch.cat([real, fake])).float()
-        loss = self.loss(*logits.split([len(real), len(fake)]))
+    def _study(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The hinge loss of a batch; its gradients are added to those of earlier batches of this step."""
+        logits = self.discriminator(torch.cat([real, fake]))
+        loss = hinge_loss(*logits.split([len(real), len(fake)]))
         found = torch.autograd.grad(loss, self.parameters)
         self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.batches else list(found)
         self.batches += 1

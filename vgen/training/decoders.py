@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,49 +32,6 @@ from vgen.types import SettingError
 FIRST_SEED = 1_000_000_000  # of the samples to learn from, far from those that evaluations begin with
 DRAWN_TOGETHER = 100
 DECODERS = ("decoder", "post_quant_conv")  # the parts that learn
-
-
-class DetailDiscriminator(nn.Module):
-    """Images (B, channels, S, S) -> logits of being real (B, 1, S / 4, S / 4), S a multiple of 4.
-
-    It looks closely rather than far: patches of 28 pixels, and the first convolution skips none. Without
-    spectral norm, which would keep it from telling apart images that differ in detail alone.
-    """
-
-    def __init__(self, channels: int, base: int = 32) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, base, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(base, 2 * base, 4, 2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * base, 4 * base, 4, 2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * base, 4 * base, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * base, 1, 3, padding=1),
-        ).to(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-    def refine(self) -> None:
-        """Nothing is estimated here."""
-
-
-class DetailAdversary(Adversary):
-    """The non-saturating game of logistic losses (1406.2661), its discriminator learning twice as fast (1706.08500)."""
-
-    tempo = 2.0
-
-    def build(self, channels: int, size: int) -> nn.Module:
-        return DetailDiscriminator(channels)
-
-    def loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-    def gain(self, fake: Tensor) -> Tensor:
-        return F.softplus(-fake).mean()
 
 
 class Decoding(nn.Module):
@@ -119,7 +75,7 @@ class DecoderTask:
         self.tokens = stored_tokens(tokenizer, folder, config, self.source, "train", 1, 1)
         self.num_examples = len(self.tokens)
         self.model: Any = Decoding(tokenizer)
-        self.adversary = DetailAdversary(config, channels, size)
+        self.adversary = Adversary(config, channels, size)
         self.judge = QuickJudge(config.classifier, self.held_out) if config.classifier else None
 
     @property
@@ -157,15 +113,12 @@ class DecoderTask:
             latents = flat_latent(self.model.tokenizer, torch.cat(tokens))
         made = model(latents).float()
         difference = made[: len(images)] - images
-        figures = {"squared_error": difference.square().mean()}
-        error = figures["squared_error"] + self.config.l1 * difference.abs().mean()
-        kind = images.device.type
-        # In float16 the discriminator's gradients, which no scaler guards, would vanish.
-        narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-            figures["adversarial"] = self.adversary.generator_loss(made)
-            figures["discriminator"] = self.adversary.study(images, made.detach())
-        return error + self.config.adversarial * figures["adversarial"], figures
+        squared, absolute = difference.square().mean(), difference.abs().mean()
+        error = squared + self.config.l1 * absolute
+        if not self.adversary.active:
+            return error, {"squared_error": squared}
+        term, figures = self.adversary(images, made, error, self.model.tokenizer.decoder.conv_out.weight)
+        return error + self.config.adversarial * term, {"squared_error": squared} | figures
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
         self.adversary.learn(step)

@@ -50,6 +50,7 @@ class Progress:
         return f"{text}  {self.note}".rstrip()
 
     def close(self) -> None:
+        """Leave the last state standing."""
         if self.bar is not None:
             self.bar.close()
 

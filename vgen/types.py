@@ -97,6 +97,7 @@ class Request:
         return replace(self, class_labels=labels, seeds=[self.seeds[index]], settings=settings)
 
     def to_json(self) -> str:
+        """One line of JSON, its keys in order, that `from_json` reads back."""
         values = asdict(self)
         return json.dumps({name: value for name, value in values.items() if name != "origin" or value}, sort_keys=True)
 

@@ -53,6 +53,7 @@ def inferring(what: str) -> Iterator[None]:
 
 
 def require(state: State, kind: str, *names: str) -> None:
+    """Raise CheckpointError where a checkpoint, which is to be a `kind`, lacks one of these tensors."""
     if missing := [name for name in names if name not in state]:
         raise CheckpointError(f"this is no {kind}: it lacks {', '.join(missing)} (it has {next(iter(state))}, ...)")
 

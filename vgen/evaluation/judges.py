@@ -58,12 +58,14 @@ class Judged:
     notes: dict[str, Any] = field(default_factory=dict)  # what the protocol says besides
 
     def real_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D) of the reference's features, float64."""
         if self.statistics is not None:
             return self.statistics.moments[self.layer]
         assert self.real is not None
         return measure(self.real, self.extractor, self.layer)
 
     def rows(self, features: Features | None) -> Tensor:
+        """All features (N, D), on the device that extracts."""
         assert features is not None
         return features.all(self.extractor, self.layer).to(self.options.extractors.device)
 

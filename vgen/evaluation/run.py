@@ -69,6 +69,7 @@ class Task:
     data_root: Path | None = None
 
     def open(self, text: str) -> ImageSet:
+        """The images that `text` names, as `open_images` does with these options."""
         return open_images(text, skip_broken=self.skip_broken, data_root=self.data_root)
 
     def of_sampling(self) -> list[str]:

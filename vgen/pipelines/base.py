@@ -308,6 +308,7 @@ def rows_of(step: Step, rows: slice) -> Step:
 
 
 def check_output_type(output_type: str) -> None:
+    """Raise SettingError where a pipeline cannot return its images so."""
     if output_type not in OUTPUT_TYPES:
         raise SettingError(f"output_type is {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 

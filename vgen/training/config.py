@@ -133,6 +133,7 @@ class TrainingConfig:
 
 
 def list_presets() -> list[str]:
+    """Names of the presets that come with vgen."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 

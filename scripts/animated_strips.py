@@ -23,11 +23,13 @@ ROWS = {
     "fashion-nfig": "next frequency",
     "fashion-maskgit": "masked tokens",
     "fashion-recurrent": "recurrent depth",
+    "emoji-var": "next scale, colour",
     "moving-far": "next frame",
 }
 COLUMNS, TILE, GAP, LEFT, TOP = 10, 64, 4, 150, 6
 TICKS, REST = 24, 10  # of the animation: while pictures are made, and when they are finished
 TICK_MS = 110
+COLOURS = 128  # of the whole animation
 
 
 def main(
@@ -38,7 +40,7 @@ def main(
     torch.set_num_threads(1)
     rows = {name: strip(hub.load(name, device="cpu"), seed) for name in ROWS if name in hub.list_models()}
     frames = [frame({name: at(row, tick) for name, row in rows.items()}) for tick in range(TICKS + REST)]
-    palette = frames[-1].quantize(64, dither=Image.Dither.NONE)
+    palette = frames[-1].quantize(COLOURS, dither=Image.Dither.NONE)
     flat = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in frames]
     with atomic_file(out) as partial:
         flat[0].save(
@@ -49,7 +51,8 @@ def main(
 
 def strip(pipeline: Any, seed: int) -> list[Tensor]:
     """After every evaluation, or of every frame: pictures (COLUMNS, 3, TILE, TILE) uint8."""
-    labels = list(range(COLUMNS)) if pipeline.null_class else None
+    classes = pipeline.null_class
+    labels = [column % classes for column in range(COLUMNS)] if classes else None
     seeds = list(range(seed, seed + COLUMNS))
     if pipeline.makes_videos:
         *_, last = pipeline.stream(labels, seeds=seeds)

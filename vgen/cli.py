@@ -84,7 +84,7 @@ def train_decoder(
 ) -> None:
     """Train the decoder of a finished model further, for what its generator samples.
 
-    Example: vgen train decoder --preset fashion-var-decoder
+    Example: vgen train decoder --preset fashion-decoder
     """
     _train("decoder", preset, settings, out, resume, data_root)
 

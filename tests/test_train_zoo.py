@@ -35,6 +35,7 @@ def script(load_script: Callable[[str], ModuleType]) -> Any:
         ("fashion-mvar", ["fashion-vq"]),
         ("fashion-nfig", ["fashion-nfig-vq"]),
         ("fashion-maskgit", ["fashion-vqgan"]),
+        ("emoji-var", ["emoji-vq"]),
         ("fashion-recurrent", ["fashion-recurrent-base"]),  # and on a bundled model's tokenizer
         ("moving-far", ["moving-far-base"]),
     ],

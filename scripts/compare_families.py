@@ -197,8 +197,9 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
     number, sets = rows[0]["per_class"] * 10, max(len(found) for _, found in groups.values())
     text = (
         f"{number:,} samples a set, at each model's own settings, against the 10,000 test images: true FID Inception, "
-        f"legacy resize, {INCEPTION_DTYPE}. Mean ± standard deviation over up to {sets} sets of sampling seeds; one "
-        "seed of training, so what training anew would change is not in it. Parameters and training with the "
+        f"legacy resize, {INCEPTION_DTYPE}. "
+        + (f"Mean ± standard deviation over up to {sets} sets of sampling seeds; " if sets > 1 else "One set; ")
+        + "one seed of training, so what training anew would change is not in it. Parameters and training with the "
         "tokenizer's; times of one core."
     )
     if "fid" in spreads:

@@ -44,64 +44,29 @@ DataRoot = Annotated[
 ]
 
 
-@train_app.command("tokenizer")
-def train_tokenizer(
-    preset: Preset,
-    settings: Settings = [],  # noqa: B006
-    out: OutFolder = None,
-    resume: Resume = False,
-    data_root: DataRoot = None,
-) -> None:
-    """Train a tokenizer.
+def _train_command(kind: str, purpose: str, example: str) -> None:
+    """Add `vgen train KIND`: the kinds differ in what they say of themselves alone."""
 
-    Example: vgen train tokenizer --preset fashion-vq --set steps=2000
-    """
-    _train("tokenizer", preset, settings, out, resume, data_root)
+    def command(
+        preset: Preset,
+        settings: Settings = [],  # noqa: B006
+        out: OutFolder = None,
+        resume: Resume = False,
+        data_root: DataRoot = None,
+    ) -> None:
+        _train(kind, preset, settings, out, resume, data_root)
 
-
-@train_app.command("generator")
-def train_generator(
-    preset: Preset,
-    settings: Settings = [],  # noqa: B006
-    out: OutFolder = None,
-    resume: Resume = False,
-    data_root: DataRoot = None,
-) -> None:
-    """Train a generator on a trained tokenizer.
-
-    Example: vgen train generator --preset fashion-var --set tokenizer=runs/fashion-vq/model
-    """
-    _train("generator", preset, settings, out, resume, data_root)
+    train_app.command(kind, help=f"{purpose}\n\nExample: vgen train {kind} --preset {example}")(command)
 
 
-@train_app.command("decoder")
-def train_decoder(
-    preset: Preset,
-    settings: Settings = [],  # noqa: B006
-    out: OutFolder = None,
-    resume: Resume = False,
-    data_root: DataRoot = None,
-) -> None:
-    """Train the decoder of a finished model further, for what its generator samples.
-
-    Example: vgen train decoder --preset fashion-decoder
-    """
-    _train("decoder", preset, settings, out, resume, data_root)
-
-
-@train_app.command("classifier")
-def train_classifier(
-    preset: Preset,
-    settings: Settings = [],  # noqa: B006
-    out: OutFolder = None,
-    resume: Resume = False,
-    data_root: DataRoot = None,
-) -> None:
-    """Train a classifier for 'vgen evaluate' to judge samples by.
-
-    Example: vgen train classifier --preset fashion-classifier
-    """
-    _train("classifier", preset, settings, out, resume, data_root)
+_train_command("tokenizer", "Train a tokenizer.", "fashion-vq --set steps=2000")
+_train_command(
+    "generator", "Train a generator on a trained tokenizer.", "fashion-var --set tokenizer=runs/fashion-vq/model"
+)
+_train_command(
+    "decoder", "Train the decoder of a finished model further, for what its generator samples.", "fashion-decoder"
+)
+_train_command("classifier", "Train a classifier for 'vgen evaluate' to judge samples by.", "fashion-classifier")
 
 
 def _train(kind: str, preset: str, settings: list[str], out: Path | None, resume: bool, data_root: Path | None) -> None:

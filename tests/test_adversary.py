@@ -28,7 +28,7 @@ from tiny import TOKENIZER, generator_config, python, tokenizer_config, write_mn
 from torch import Tensor, nn
 
 from vgen.tokenizers.multiscale import MultiScaleVQ
-from vgen.training.adversary import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
+from vgen.training.adversary import Adversary, PatchAdversary, PatchDiscriminator, adaptive_weight, hinge_loss
 from vgen.training.config import load_config
 from vgen.training.perceptual import Perceptual
 from vgen.training.run import build_task, start
@@ -48,8 +48,8 @@ def images(number: int, size: int = 8, channels: int = 1, seed: int = 0) -> Tens
     return torch.rand(number, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def adversary(**changes: Any) -> Adversary:
-    return Adversary(tokenizer_config(Path("none"), **{"adversarial": 0.5, "schedule": "linear"} | changes), 1, 8)
+def adversary(**changes: Any) -> PatchAdversary:
+    return PatchAdversary(tokenizer_config(Path("none"), **{"adversarial": 0.5, "schedule": "linear"} | changes), 1, 8)
 
 
 def discriminator(channels: int = 1, size: int = 8, **settings: Any) -> PatchDiscriminator:
@@ -410,7 +410,7 @@ def test_off_is_off(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*arguments: Any) -> None:
         raise AssertionError("built, though nobody asked for it")
 
-    for name in ("Adversary", "Perceptual"):
+    for name in ("PatchAdversary", "Perceptual"):
         monkeypatch.setattr(f"vgen.training.tokenizers.{name}", built)
     task = task_of(data)
     assert task.companions == () and task.adversary is None and task.perceptual is None

@@ -91,24 +91,37 @@ def test_it_learns_from_images_and_from_the_models_own_samples(data: Path, train
     assert isinstance(task, DecoderTask) and task.samples.shape == (24, task.tokens.shape[1])
     expected = task.pipeline([3], seeds=[1_000_000_003], guidance_scale=2.5)  # the preset's sample_guidance
     assert torch.equal(flat_tokens(expected.tokens)[0], torch.from_numpy(task.samples[3]))
-    images, tokens, sampled = task.batch(torch.arange(8).numpy(), seed=5)
-    assert torch.equal(flat_tokens(task.model.tokenizer.encode(images)), tokens)
-    assert {tuple(row) for row in sampled.tolist()} <= {tuple(row) for row in task.samples.tolist()}
-    loss, figures = task.loss(task.model, (images, tokens, sampled), torch.Generator())
-    made = task.model(flat_latent(task.model.tokenizer, torch.cat([tokens, sampled])))
+    images, tokens, classes = task.batch(torch.arange(8).numpy(), seed=5)
+    assert torch.equal(flat_tokens(task.model.tokenizer.encode(images)), tokens[:8])
+    assert classes[:8].tolist() == list(task.source.labels[:8])
+    known = {tuple(row): number % 10 for number, row in enumerate(task.samples.tolist())}
+    assert [known[tuple(row)] for row in tokens[8:].tolist()] == classes[8:].tolist()
+    loss, figures = task.loss(task.model, (images, tokens, classes), torch.Generator())
+    made = task.model(flat_latent(task.model.tokenizer, tokens))
     difference = made[:8] - images
     error = difference.square().mean() + 0.2 * difference.abs().mean()
-    term = -task.adversary.discriminator(made).mean()  # of all sixteen
+    term = task.adversary.decoder_loss(made, classes)  # of all sixteen
     assert figures["adversarial"].item() == pytest.approx(term.item(), rel=1e-4)
-    wanted = error + 0.1 * figures["adversarial_weight"] * term
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((error + 0.1 * term).item(), rel=1e-5)
     loss.backward()
     touched = {name.split(".")[1] for name, p in task.model.named_parameters() if p.grad is not None}
     assert touched == {"decoder", "post_quant_conv"}
     assert all(p.grad is None for p in task.adversary.parameters)  # the term is the decoder's alone
-    task = build_task(decoder_config(data, trained, adversarial_start=0.5))
-    rebuilding, figures = task.loss(task.model, (images, tokens, sampled), torch.Generator())
-    assert rebuilding.item() == pytest.approx(error.item(), rel=1e-5) and figures.keys() == {"squared_error"}
+
+
+def test_until_its_start_the_discriminator_alone_learns(data: Path, trained: Path) -> None:
+    task: Any = build_task(decoder_config(data, trained, adversarial_start=0.5, warmup=0))
+    batch = task.batch(torch.arange(8).numpy(), seed=5)
+    loss, figures = task.loss(task.model, batch, torch.Generator())
+    difference = task.model(flat_latent(task.model.tokenizer, batch[1][:8])) - batch[0]
+    error = difference.square().mean() + 0.2 * difference.abs().mean()
+    assert loss.item() == pytest.approx(error.item(), rel=1e-5) and not figures["adversarial"]
+    before = [p.detach().clone() for p in task.adversary.parameters]
+    task.after_step(1, torch.Generator())
+    moved = [not torch.equal(a, b) for a, b in zip(before, task.adversary.parameters, strict=True)]
+    assert any(moved)
+    task.after_step(task.config.steps // 2, torch.Generator())
+    assert task.loss(task.model, batch, torch.Generator())[1]["adversarial"] > 0
 
 
 def test_what_cannot_be_trained_so_is_one_line(data: Path, trained: Path, tmp_path: Path) -> None:

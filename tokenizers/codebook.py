@@ -44,11 +44,20 @@ class Codebook(KeepFloat32):
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the code at the smallest Euclidean distance, the first where two tie: (..., C) -> (...) int64."""
+        return self._distances(vectors).argmin(-1)
+
+    @torch.no_grad()
+    def nearby(self, vectors: Tensor, number: int) -> Tensor:
+        """Indices of the `number` nearest codes, nearest first: (..., C) -> (..., number) int64."""
+        return self._distances(vectors).topk(number, largest=False).indices
+
+    def _distances(self, vectors: Tensor) -> Tensor:
+        """Squared Euclidean distances to all codes, (..., V)."""
         flat = vectors.reshape(-1, vectors.shape[-1])
         # |z|^2 is the same for all codes, but it takes part in the rounding of the published code, so it stays.
         distance = flat.square().sum(1, keepdim=True) + self.weight.square().sum(1)
         distance = torch.addmm(distance, flat, self.weight.T, alpha=-2)
-        return distance.argmin(1).view(vectors.shape[:-1])
+        return distance.view(*vectors.shape[:-1], -1)
 
     @torch.no_grad()
     def count(self, tokens: Tensor, site: int, decay: float = 0.99) -> None:

@@ -58,20 +58,19 @@ class PatchDiscriminator(nn.Module):
 
 
 class Adversary:
-    """A discriminator that learns beside a tokenizer (a companion of vgen.training.trainer.Trainer).
+    """A discriminator that learns beside a model (a companion of vgen.training.trainer.Trainer).
 
-    Calls leave its state as it was, but for gradients put by; `learn` alone changes it. All in float32.
+    Calls of those that build on it leave its state as it was, but for gradients put by; `learn` alone changes it.
 
     Attributes:
-        discriminator: the network, in evaluation mode.
+        discriminator: the network.
         done: optimizer steps of the run that are over.
-        begin: how many of them pass before it takes part.
+        begin: how many of them pass before the model hears of it.
     """
 
-    def __init__(self, config: TrainingConfig, channels: int, size: int) -> None:
-        torch.manual_seed(config.seed + 1)  # the same in all processes, and not the tokenizer's
-        self.discriminator = PatchDiscriminator(channels, size).eval()
-        self.parameters = list(self.discriminator.parameters())
+    def __init__(self, config: TrainingConfig, discriminator: nn.Module) -> None:
+        self.discriminator = discriminator
+        self.parameters = list(discriminator.parameters())
         # The betas of GANs: with long memories two players that chase each other overshoot. VQGAN decays no weights.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
         schedule = get_scheduler(
@@ -86,6 +85,54 @@ class Adversary:
     def active(self) -> bool:
         """Whether the step that follows is one with the adversarial term."""
         return self.done >= self.begin
+
+    def put_by(self, loss: Tensor) -> Tensor:
+        """Add the gradients of a batch's scalar loss to those of earlier batches of this step; the loss, detached."""
+        found = torch.autograd.grad(loss, self.parameters)
+        self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.batches else list(found)
+        self.batches += 1
+        return loss.detach()
+
+    def learn(self, step: int) -> None:
+        """One optimizer step on the mean over all batches since the last, and over all processes.
+
+        `step` is the number, from 1, of the model's step that is over: both have that step's learning rate.
+        """
+        self.done = step
+        if not self.batches:
+            return
+        for parameter, gradient in zip(self.parameters, process_mean(self.gradients), strict=True):
+            parameter.grad = gradient / self.batches
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.lr_factor(step - 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.gradients, self.batches = [], 0
+
+    # ---- what the trainer asks of a companion
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device, before the first step or `load_state_dict`."""
+        self.discriminator.to(device)
+
+    def state_dict(self) -> dict[str, object]:
+        network, optimizer = self.discriminator.state_dict(), self.optimizer.state_dict()
+        return {"done": self.done, "discriminator": network, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.done = state["done"]
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class PatchAdversary(Adversary):
+    """VQGAN's: patches, hinge losses and the weight that balances. All in float32, and in evaluation mode."""
+
+    discriminator: PatchDiscriminator
+
+    def __init__(self, config: TrainingConfig, channels: int, size: int) -> None:
+        torch.manual_seed(config.seed + 1)  # the same in all processes, and not the tokenizer's
+        super().__init__(config, PatchDiscriminator(channels, size).eval())
 
     def __call__(
         self, real: Tensor, fake: Tensor, error: Tensor, last_layer: Tensor
@@ -103,12 +150,9 @@ class Adversary:
         with torch.autocast(fake.device.type, enabled=False):
             term = self.generator_loss(fake)
             weight = adaptive_weight(error, term, last_layer)
-            figures = {
-                "adversarial": term,
-                "adversarial_weight": weight,
-                "discriminator": self._study(real, fake.detach()),
-            }
-        return weight * term, figures
+            logits = self.discriminator(torch.cat([real, fake.detach()]))
+            loss = self.put_by(hinge_loss(*logits.split([len(real), len(fake)])))
+        return weight * term, {"adversarial": term, "adversarial_weight": weight, "discriminator": loss}
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """Minus the mean logit of fake images (B, C, S, S), a scalar."""
@@ -117,46 +161,12 @@ class Adversary:
         self.discriminator.requires_grad_(True)
         return -logits.mean()
 
-    def _study(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The hinge loss of a batch; its gradients are added to those of earlier batches of this step."""
-        logits = self.discriminator(torch.cat([real, fake]))
-        loss = hinge_loss(*logits.split([len(real), len(fake)]))
-        found = torch.autograd.grad(loss, self.parameters)
-        self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.batches else list(found)
-        self.batches += 1
-        return loss.detach()
-
     def learn(self, step: int) -> None:
-        """One optimizer step on the mean over all batches since the last, and over all processes.
-
-        `step` is the number, from 1, of the tokenizer's step that is over: both have that step's learning rate.
-        """
-        self.done = step
-        if not self.batches:
-            return
-        for parameter, gradient in zip(self.parameters, process_mean(self.gradients), strict=True):
-            parameter.grad = gradient / self.batches
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.lr_factor(step - 1)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.discriminator.refine()
-        self.gradients, self.batches = [], 0
-
-    # ---- what the trainer asks of a companion
-
-    def to(self, device: torch.device) -> None:
-        """Move to a device, before the first step or `load_state_dict`."""
-        self.discriminator.to(device)
-
-    def state_dict(self) -> dict[str, object]:
-        network, optimizer = self.discriminator.state_dict(), self.optimizer.state_dict()
-        return {"done": self.done, "discriminator": network, "optimizer": optimizer}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.done = state["done"]
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """As every adversary, and then the estimates of the layers' norms keep up."""
+        learns = self.batches > 0
+        super().learn(step)
+        if learns:
+            self.discriminator.refine()
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

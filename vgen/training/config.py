@@ -51,6 +51,9 @@ class TrainingConfig:
     workers: int = 0
 
     label_dropout: float = 0.1  # generators
+    self_correction: float = (
+        0.0  # "var", "mvar": largest share of tokens that training misreads, for later scales to mend
+    )
     mask_law: str = "uniform"  # masked generators: of the number of masked tokens; or "cosine", "beta"
     mask_weight: str = "1/t"  # masked generators: of a masked token's loss; or "uniform"
     classifier: str | None = None  # generators: judges samples at every evaluation; a bundled one, or a folder
@@ -58,8 +61,9 @@ class TrainingConfig:
     commitment: float = 0.25  # tokenizers
     l1: float = 0.2  # tokenizers: weight of the absolute error beside the squared one
     perceptual: float = 0.0  # tokenizers: weight of LPIPS on VGG-16, whose weights are downloaded on first use; 0: off
-    adversarial: float = 0.0  # tokenizers: weight of the discriminator's verdict (0.5 in NFIG); 0: off
-    adversarial_start: float = 0.1  # tokenizers: share of the run before there is a discriminator
+    adversarial: float = 0.0  # tokenizers: weight of the discriminator's verdict (0.5 in NFIG); 0: off; decoders too
+    adversarial_start: float = 0.1  # share of the run before it counts; a decoder's learns meanwhile
+    gradient_penalty: float = 0.0  # decoders: weight of R1, which keeps the discriminator calm; 0: off
     samples: int = 10_000  # decoders: of the model's samples, those that its decoder is trained on
     restart_every: int = 50  # tokenizers: steps between restarts of dead codes
     restart_until: float = 0.7  # tokenizers: share of the run after which codes are left alone
@@ -99,6 +103,10 @@ class TrainingConfig:
         if not self.lr > 0:
             raise SettingError(f"lr is {self.lr}: it must be above 0")
         self._check_terms()
+        if not 0 <= self.self_correction < 1:
+            raise SettingError(f"self_correction is {self.self_correction}: it must be from 0 to below 1")
+        if self.self_correction and self.family not in ("var", "mvar"):
+            raise SettingError(f"self_correction serves the families var and mvar, not {self.family!r}: leave it out")
         if self.score_samples < 2:
             raise SettingError(f"score_samples is {self.score_samples}: it must be at least 2")
         if self.kind == "classifier" and self.image_size < 8:
@@ -121,13 +129,17 @@ class TrainingConfig:
             raise SettingError("a generator needs a tokenizer: --set tokenizer=FOLDER of a trained one")
 
     def _check_terms(self) -> None:
-        for name in ("perceptual", "adversarial"):
+        served = {
+            "perceptual": ("tokenizer",),
+            "adversarial": ("tokenizer", "decoder"),
+            "gradient_penalty": ("decoder",),
+        }
+        for name, kinds in served.items():
             weight = getattr(self, name)
             if not 0 <= weight < math.inf:
                 raise SettingError(f"{name} is {weight}: it must be at least 0, and finite")
-            served = ("tokenizer", "decoder") if name == "adversarial" else ("tokenizer",)
-            if weight and self.kind not in served:
-                raise SettingError(f"{name} is {weight}, but serves {served[0]}s, not a {self.kind}: leave it out")
+            if weight and self.kind not in kinds:
+                raise SettingError(f"{name} is {weight}, but serves {kinds[0]}s, not a {self.kind}: leave it out")
         if not 0 <= self.adversarial_start < 1:
             raise SettingError(f"adversarial_start is {self.adversarial_start}: it must be from 0 to below 1")
 

@@ -22,7 +22,7 @@ from vgen.progress import progress
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
-from vgen.training.adversary import Adversary
+from vgen.training.class_adversary import ClassAdversary
 from vgen.training.config import TrainingConfig
 from vgen.training.generators import sample_sheet
 from vgen.training.tokenizers import HELD_OUT, reconstruction_psnr
@@ -75,11 +75,12 @@ class DecoderTask:
         self.tokens = stored_tokens(tokenizer, folder, config, self.source, "train", 1, 1)
         self.num_examples = len(self.tokens)
         self.model: Any = Decoding(tokenizer)
-        self.adversary = Adversary(config, channels, size)
+        self.labels = np.asarray(self.source.labels)
+        self.adversary = ClassAdversary(config, channels, size, found)
         self.judge = QuickJudge(config.classifier, self.held_out) if config.classifier else None
 
     @property
-    def companions(self) -> Sequence[Adversary]:
+    def companions(self) -> Sequence[ClassAdversary]:
         return (self.adversary,)
 
     def _draw(self) -> np.ndarray:
@@ -98,27 +99,26 @@ class DecoderTask:
     # ---- what the trainer asks for
 
     def batch(self, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, their tokens, and as many samples' tokens."""
+        """Images (B, C, S, S); tokens (2 B, L), theirs and those of as many samples; the classes of all (2 B,)."""
         images = to_model_range(self.source.images(indices.tolist()))
         chosen = np.random.default_rng(seed).integers(len(self.samples), size=len(indices))
-        tokens, sampled = self.tokens[indices].astype(np.int64), self.samples[chosen].astype(np.int64)
+        tokens = np.concatenate([self.tokens[indices], self.samples[chosen]]).astype(np.int64)
+        classes = np.concatenate([self.labels[indices], chosen % self.pipeline.null_class]).astype(np.int64)
         images = images.contiguous(memory_format=torch.channels_last)
-        return images, torch.from_numpy(tokens), torch.from_numpy(sampled)
+        return images, torch.from_numpy(tokens), torch.from_numpy(classes)
 
     def loss(
         self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        images, *tokens = batch
+        images, tokens, classes = batch
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            latents = flat_latent(self.model.tokenizer, torch.cat(tokens))
+            latents = flat_latent(self.model.tokenizer, tokens)
         made = model(latents).float()
         difference = made[: len(images)] - images
         squared, absolute = difference.square().mean(), difference.abs().mean()
-        error = squared + self.config.l1 * absolute
-        if not self.adversary.active:
-            return error, {"squared_error": squared}
-        term, figures = self.adversary(images, made, error, self.model.tokenizer.decoder.conv_out.weight)
-        return error + self.config.adversarial * term, {"squared_error": squared} | figures
+        term, figures = self.adversary(images, made, classes[: len(images)], classes)
+        loss = squared + self.config.l1 * absolute + self.config.adversarial * term
+        return loss, {"squared_error": squared} | figures
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
         self.adversary.learn(step)

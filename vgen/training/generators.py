@@ -55,7 +55,7 @@ class GeneratorTask(ABC):
         coder = self.tokenizer, self.tokenizer_folder, config
         self.tokens = stored_tokens(*coder, train, "train", 2 if config.flip else 1, config.crops)
         self.test_tokens = stored_tokens(*coder, test, "test", 1, 1)
-        self.labels, self.test_labels = train.labels, test.labels
+        self.source, self.labels, self.test_labels = train, train.labels, test.labels
         self.num_examples = len(self.tokens)
         self.judge = QuickJudge(config.classifier, test) if config.classifier else None
 

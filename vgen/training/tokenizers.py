@@ -18,7 +18,7 @@ from vgen.media import contact_sheet, sheet_zoom, to_pil
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
-from vgen.training.adversary import Adversary
+from vgen.training.adversary import PatchAdversary
 from vgen.training.config import TrainingConfig
 from vgen.training.families import build_model
 from vgen.training.perceptual import Perceptual
@@ -44,10 +44,10 @@ class TokenizerTask:
         self.model.to(memory_format=torch.channels_last)
         self.quantized: list[tuple[Tensor, Tensor]] = []
         self.perceptual = Perceptual(size) if config.perceptual else None
-        self.adversary = Adversary(config, channels, size) if config.adversarial else None
+        self.adversary = PatchAdversary(config, channels, size) if config.adversarial else None
 
     @property
-    def companions(self) -> Sequence[Adversary]:
+    def companions(self) -> Sequence[PatchAdversary]:
         """What learns beside the model and belongs into its checkpoints."""
         return (self.adversary,) if self.adversary else ()
 

@@ -48,6 +48,13 @@ def test_the_first_of_equally_near_codes_is_taken() -> None:
     assert found.tolist() == first_of_the_nearest(vectors, codes)
 
 
+def test_nearby_codes_are_the_first_of_all_sorted_by_distance() -> None:
+    book, vectors = codebook(20, 4), torch.randn(3, 5, 4)
+    order = torch.cdist(vectors, book.weight).argsort(-1)
+    assert torch.equal(book.nearby(vectors, 6), order[..., :6])
+    assert torch.equal(book.nearby(vectors, 1)[..., 0], book.nearest(vectors))
+
+
 def test_codes_are_nearest_to_themselves_in_any_shape() -> None:
     book = codebook(20, 5)
     tokens = torch.arange(20).view(2, 5, 2)

@@ -52,7 +52,7 @@ def test_a_preset_of_ones_own_is_a_yaml_file(preset: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["fashion-vr", "no/such/file.yaml", "", "."])
 def test_an_unknown_preset_names_the_known_ones(wrong: str) -> None:
-    with pytest.raises(SettingError, match=f"{wrong!r}.*fashion-var, fashion-vq"):
+    with pytest.raises(SettingError, match=f"{wrong!r}.*fashion-var, fashion-var-decoder, fashion-vq"):
         load_config(wrong)
 
 

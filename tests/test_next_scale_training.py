@@ -12,12 +12,14 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny import TOKENIZER, generator_config, randomize, write_mnist
 
 import vgen
+from vgen.data import to_model_range
 from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.tokenizers.frequency import FrequencyVQ
 from vgen.tokenizers.multiscale import MultiScaleVQ
 from vgen.tokenizers.vqgan import VQGAN
 from vgen.training.config import TrainingConfig, load_config
+from vgen.training.next_scale import misread
 from vgen.training.run import build_task, start
 from vgen.types import SettingError
 
@@ -98,6 +100,101 @@ def test_a_resumed_run_equals_an_unbroken_one(make: Make, tmp_path: Path) -> Non
     resumed = start(broken, tmp_path / "parts", resume=True)
     ours, theirs = (vgen.load(folder).generator.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_models_own_settings_come_with_it_and_give_way(make: Make, tmp_path: Path) -> None:
+    pipeline = vgen.load(start(make(steps=1, sample_settings={"guidance_scale": 3.5, "top_k": 5}), tmp_path / "run"))
+    assert {"guidance_scale": 3.5, "top_k": 5}.items() <= pipeline.resolve_settings({}).items()
+    plain = pipeline([1], seeds=[0], output_type="latent").tokens
+    given = pipeline([1], seeds=[0], guidance_scale=3.5, top_k=5, output_type="latent").tokens
+    other = pipeline([1], seeds=[0], guidance_scale=1, top_k=0, output_type="latent").tokens
+    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    with pytest.raises(SettingError, match="unknown setting 'heat'"):
+        build_task(make(sample_settings={"heat": 2}))
+    with pytest.raises(SettingError, match=r"top_k is 5000: it must lie in 0\.\."):
+        build_task(make(sample_settings={"top_k": 5000}))
+
+
+# ---- self-correction
+
+
+def test_nothing_misread_is_what_training_reads_otherwise(make: Make) -> None:
+    task: Any = build_task(make())
+    tokens, _ = task.batch(torch.arange(6).numpy(), seed=0)
+    images = to_model_range(task.source.images(range(6)))
+    found, rows = misread(task.tokenizer, images, 0.0, torch.Generator())
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(rows, task.tokenizer.context(tokens.split(task.model.lengths, 1)))
+
+
+def test_what_is_misread_is_near_and_later_scales_mend_it(make: Make) -> None:
+    """Followed by hand: what is read at each scale, and that the next one quantises what is then left."""
+    task: Any = build_task(make())
+    tokenizer, images = task.tokenizer, to_model_range(task.source.images(range(40)))
+    read: list[torch.Tensor] = []
+    embed = tokenizer.embed
+    tokenizer.embed = lambda tokens: read.append(tokens) or embed(tokens)
+    tokens, rows = misread(tokenizer, images, 0.9, torch.Generator().manual_seed(1))
+    tokenizer.embed = embed
+    target, latent, start = tokenizer.encode_latent(images), tokenizer.new_latent(40), 0
+    lengths = task.model.lengths
+    for k, right in enumerate(tokens.split(lengths, 1)):
+        left = tokenizer.aim(target, k) - latent
+        assert torch.equal(right, tokenizer.quantize_scale(left, k))
+        if k + 1 == len(lengths):
+            break
+        near = tokenizer.codebook.nearby(tokenizer.read_scale(left, k), max(2, tokenizer.config["vocab_size"] // 16))
+        assert (near == read[k][..., None]).any(-1).all()
+        latent = tokenizer.add_scale(latent, tokenizer.embed(read[k]), k)
+        assert torch.equal(rows[:, start : start + lengths[k + 1]], tokenizer.read_scale(latent, k + 1))
+        start += lengths[k + 1]
+    assert len(read) == len(lengths) - 1
+    wrong = torch.cat([(a != b).float() for a, b in zip(read, tokens.split(lengths, 1)[:-1], strict=True)], 1)
+    assert 0.05 < wrong.mean() < 0.45  # of 0.9 at most, half on average, and some are "misread" as what they are
+    again = misread(tokenizer, images, 0.9, torch.Generator().manual_seed(1))
+    assert torch.equal(tokens, again[0]) and torch.equal(rows, again[1])
+
+
+def test_a_run_with_self_correction_learns_from_images(make: Make, tmp_path: Path) -> None:
+    config = make(self_correction=0.3, steps=12, log_every=1, label_dropout=0.0)
+    task: Any = build_task(config)
+    randomize(task.model, 0)
+    images, labels = task.batch(torch.arange(6).numpy(), seed=0)
+    assert torch.equal(images, to_model_range(task.source.images(range(6)))) and torch.equal(labels, task.labels[:6])
+    loss, _ = task.loss(task.model, (images, labels), torch.Generator().manual_seed(4))
+    rng = torch.Generator().manual_seed(4)
+    torch.rand(6, generator=rng)  # which labels are dropped
+    tokens, rows = misread(task.tokenizer, images, 0.3, rng)
+    expected = F.cross_entropy(task.model(rows, labels).transpose(1, 2), tokens)
+    torch.testing.assert_close(loss, expected)
+    start(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_flips_and_crops_are_drawn_anew_with_self_correction(make: Make) -> None:
+    task: Any = build_task(make(self_correction=0.3, flip=True))
+    number = len(task.labels)
+    images, labels = task.batch(torch.arange(number, number + 32).numpy(), seed=5)  # rows of the flipped copy
+    originals = to_model_range(task.source.images(range(32)))
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(images, originals, strict=True)]
+    assert 4 < sum(flipped) < 28 and torch.equal(labels, task.labels[:32])
+    assert all(torch.equal(a, b.flip(-1) if f else b) for a, b, f in zip(images, originals, flipped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"self_correction": 1.0}, "self_correction is 1.0: it must be from 0 to below 1"),
+        ({"self_correction": -0.1}, "self_correction is -0.1: it must be from 0"),
+        ({"self_correction": 0.3, "family": "masked"}, "serves the families var and mvar, not 'masked': leave it out"),
+    ],
+)
+def test_wrong_self_correction_is_refused(data: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        generator_config(data, Path("none"), **changes)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(data: Path, tmp_path: Path) -> None:

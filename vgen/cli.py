@@ -64,7 +64,7 @@ _train_command(
     "generator", "Train a generator on a trained tokenizer.", "fashion-var --set tokenizer=runs/fashion-vq/model"
 )
 _train_command(
-    "decoder", "Train the decoder of a finished model further, for what its generator samples.", "fashion-decoder"
+    "decoder", "Train the decoder of a finished model further, for what its generator samples.", "fashion-var-decoder"
 )
 _train_command("classifier", "Train a classifier for 'vgen evaluate' to judge samples by.", "fashion-classifier")
 

@@ -22,14 +22,23 @@ class NextScalePipeline(Pipeline):
         tokenizer: vgen.tokenizers.multiscale.MultiScaleVQ, or anything with its interface.
         generator: vgen.generators.var.VAR, or anything with its interface.
         id2label: class names by id.
+        settings: this model's default sampling settings, fields of NextScaleSettings.
     """
 
     samplers = ("next-scale",)
 
-    def __init__(self, tokenizer: Any, generator: Any, id2label: dict[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        generator: Any,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, generator=generator)
-        self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
+        names = {str(key): value for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, settings=dict(settings or {}))
+        self.chosen_settings({})  # a model with impossible defaults is refused at once
         if tokenizer is not None:
             tokenizer.to(memory_format=torch.channels_last)
             for name in ("scales", "vocab_size", "code_dim"):
@@ -80,7 +89,7 @@ class NextScalePipeline(Pipeline):
     ) -> tuple[Iterator[Step], Rng]:
         self.resolve_sampler(sampler)
         self.check_tokenizer()
-        chosen = check_settings(settings, self.generator.config["vocab_size"])
+        chosen = self.chosen_settings(settings)
         labels, rng = self.inputs(class_labels, seeds, generator)
         if images not in (1, len(labels)):
             raise SettingError(f"{images} images but {len(labels)} labels or seeds: give one image, or one for each")
@@ -109,7 +118,17 @@ class NextScalePipeline(Pipeline):
         return lambda scale, latent: given[scale]
 
     def resolve_settings(self, settings: dict[str, Any], sampler: str | None = None) -> dict[str, Any]:
-        return dataclasses.asdict(check_settings(settings, self.generator.config["vocab_size"]))
+        return dataclasses.asdict(self.chosen_settings(settings))
+
+    def chosen_settings(self, settings: dict[str, Any]) -> NextScaleSettings:
+        """The model's defaults and the settings given, each within its bounds. Raises SettingError."""
+        bounds: dict[str, tuple[float, float]] = {
+            "guidance_scale": (0.0, 1000.0),
+            "top_k": (0, self.generator.config["vocab_size"]),
+            "top_p": (0.0, 1.0),
+            "temperature": (0.0, 1000.0),
+        }
+        return build_settings(NextScaleSettings, self.config["settings"] | settings, bounds, {})
 
     def begin_edit(
         self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any
@@ -141,14 +160,3 @@ class NextScalePipeline(Pipeline):
         """Teacher-forced logits (B, L, V) float32 of all scales one after another; tokens as `encode` gives them."""
         self.check_tokenizer()
         return self.generator(self.tokenizer.context(tokens), self.row_labels(class_labels, len(tokens[0])))
-
-
-def check_settings(settings: dict[str, Any], vocab_size: int) -> NextScaleSettings:
-    """Sampling settings by keyword, each within its bounds. Raises SettingError naming the value and the bounds."""
-    bounds: dict[str, tuple[float, float]] = {
-        "guidance_scale": (0.0, 1000.0),
-        "top_k": (0, vocab_size),
-        "top_p": (0.0, 1.0),
-        "temperature": (0.0, 1000.0),
-    }
-    return build_settings(NextScaleSettings, settings, bounds, {})

@@ -13,6 +13,7 @@ from vgen.generators.mvar import MVAR
 from vgen.generators.var import VAR
 from vgen.pipelines.next_scale import NextScalePipeline
 from vgen.tokenizers.multiscale import MultiScaleVQ
+from vgen.training.config import TrainingConfig
 from vgen.training.generators import GeneratorTask, cross_entropy
 
 MISREAD_AMONG = 16  # a misread token becomes one of the nearest V / 16 codes
@@ -24,6 +25,10 @@ class NextScaleTask(GeneratorTask):
     model_class = VAR
     tokenizer_class = MultiScaleVQ
     init_settings: Mapping[str, str] = {"init_gate": "gate"}
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__(config)
+        self.pipeline()  # wrong `sample_settings` show before the first step, not after the last
 
     def decided(self) -> dict[str, Any]:
         return {name: self.tokenizer.config[name] for name in ("scales", "vocab_size", "code_dim")}
@@ -61,7 +66,8 @@ class NextScaleTask(GeneratorTask):
         return cross_entropy(logits, tokens)
 
     def pipeline(self) -> NextScalePipeline:
-        return NextScalePipeline(self.tokenizer, self.model, id2label=dict(enumerate(self.class_names)))
+        names, settings = dict(enumerate(self.class_names)), self.config.sample_settings
+        return NextScalePipeline(self.tokenizer, self.model, id2label=names, settings=settings)
 
     def _context(self, tokens: Tensor) -> Tensor:
         self._follow(tokens)

@@ -31,12 +31,18 @@ def main(
     bundled = sorted(path.name for path in ZOO.iterdir() if path.name in list_presets())
     try:
         for name in models or bundled:
-            for preset in chain(name):
+            last = finished_by(name)
+            for preset in chain(last):
                 print(train(preset, data_root))
             if install:
-                print(put(Path("runs") / name / "model", zoo / name))
+                print(put(Path("runs") / last / "model", zoo / name))
     except SettingError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def finished_by(model: str) -> str:
+    """The preset whose run ends with a bundled model: that of its decoder, where it is trained further."""
+    return f"{model}-decoder" if f"{model}-decoder" in list_presets() else model
 
 
 def chain(preset: str) -> list[str]:

@@ -35,6 +35,7 @@ def script(load_script: Callable[[str], ModuleType]) -> Any:
         ("fashion-mvar", ["fashion-vq"]),
         ("fashion-nfig", ["fashion-nfig-vq"]),
         ("fashion-maskgit", ["fashion-vqgan"]),
+        ("fashion-maskgit-decoder", ["fashion-vqgan", "fashion-maskgit"]),
         ("emoji-var", ["emoji-vq"]),
         ("fashion-recurrent", ["fashion-recurrent-base"]),  # and on a bundled model's tokenizer
         ("moving-far", ["moving-far-base"]),
@@ -42,6 +43,11 @@ def script(load_script: Callable[[str], ModuleType]) -> Any:
 )
 def test_every_model_comes_after_what_it_stands_on(script: Any, name: str, needed: list[str]) -> None:
     assert script.chain(name) == [*needed, name]
+
+
+def test_a_model_is_finished_by_its_decoder_where_that_is_trained_further(script: Any) -> None:
+    assert script.finished_by("fashion-maskgit") == "fashion-maskgit-decoder"
+    assert script.finished_by("emoji-var") == "emoji-var"
 
 
 def test_every_bundled_model_has_a_preset() -> None:

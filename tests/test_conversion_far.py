@@ -360,7 +360,7 @@ def test_heads_of_unusual_width_need_their_axes() -> None:
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(SettingError, match="latents are 4x4x4 against 1x4x4"):
+    with pytest.raises(SettingError, match="latent is 4x4x4 against 1x4x4"):
         convert_far(golden_state(channels=1), golden_dcae(), side=4, attention_head_dim=4)
 
 

@@ -517,7 +517,7 @@ def test_guidance_needs_memory_for_both_branches(classes: NextFramePipeline, mon
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(SettingError, match="latents are 4x4x4 against 2x4x4"):
+    with pytest.raises(SettingError, match="latent is 4x4x4 against 2x4x4"):
         tiny_pipeline(tiny_far(in_channels=2))
 
 

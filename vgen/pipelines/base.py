@@ -36,7 +36,14 @@ Labels = int | str | Sequence[int | str] | Tensor | np.ndarray | None
 
 
 class Pipeline(DiffusionPipeline):
-    """A tokenizer and a generator with the samplers that join them. Families subclass this."""
+    """A tokenizer and a generator with the samplers that join them. Families subclass this.
+
+    Args:
+        tokenizer: images to tokens and back, or frames to latents; None gives those only.
+        generator: what predicts them.
+        id2label: class names by id.
+        settings: this model's default sampling settings.
+    """
 
     _optional_components = ["tokenizer"]  # noqa: RUF012
     samplers: tuple[str, ...]  # the default first
@@ -47,7 +54,29 @@ class Pipeline(DiffusionPipeline):
     files: Sequence[Path] = ()  # its weights there
     decode_batch: int | None = None  # samples that are decoded at a time; None: all of a batch
 
+    def __init__(
+        self,
+        tokenizer: Any,
+        generator: Any,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        names = {str(key): value for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, settings=dict(settings or {}))
+        if tokenizer is not None:
+            tokenizer.to(memory_format=torch.channels_last)
+            for name, (ours, theirs) in self.shared_sizes().items():
+                if ours != theirs:
+                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+        self.resolve_settings({})  # a model with impossible defaults is refused at once
+
     # ---- what families provide
+
+    @abstractmethod
+    def shared_sizes(self) -> dict[str, tuple[Any, Any]]:
+        """By name, what tokenizer and generator must agree on."""
 
     @abstractmethod
     def stream(self, class_labels: Labels = None, **settings: Any) -> Iterator[Step]:

@@ -25,29 +25,7 @@ class GridPipeline(Pipeline):
         settings: this model's default sampling settings.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        generator: Any,
-        id2label: dict[int, str] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, generator=generator)
-        names = {str(key): value for key, value in (id2label or {}).items()}
-        self.register_to_config(id2label=names, settings=dict(settings or {}))
-        if tokenizer is not None:
-            tokenizer.to(memory_format=torch.channels_last)
-            for name, (ours, theirs) in self.shared_sizes().items():
-                if ours != theirs:
-                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
-        self.chosen_settings({}, None)  # a model with impossible defaults is refused at once
-
     # ---- what families provide
-
-    @abstractmethod
-    def shared_sizes(self) -> dict[str, tuple[int, int]]:
-        """By name, what tokenizer and generator must agree on."""
 
     @abstractmethod
     def chosen_settings(self, settings: dict[str, Any], sampler: str | None) -> Any:
@@ -122,7 +100,7 @@ class GridPipeline(Pipeline):
 class CodePipeline(GridPipeline):
     """A grid of codes, `generator.mask_token_id` standing where one is not known yet."""
 
-    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+    def shared_sizes(self) -> dict[str, tuple[Any, Any]]:
         config, tokenizer = self.generator.config, self.tokenizer
         return {
             "vocab_size": (tokenizer.config["vocab_size"], config["vocab_size"]),

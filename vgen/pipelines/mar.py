@@ -25,7 +25,7 @@ class MARPipeline(GridPipeline):
 
     samplers = ("mar",)
 
-    def shared_sizes(self) -> dict[str, tuple[int, int]]:
+    def shared_sizes(self) -> dict[str, tuple[Any, Any]]:
         config, tokenizer = self.generator.config, self.tokenizer
         return {
             "number of tokens": (tokenizer.num_tokens, config["num_tokens"]),

@@ -57,21 +57,9 @@ class NextFramePipeline(Pipeline):
     samplers = ("next-frame",)
     makes_videos = True
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        generator: Any,
-        id2label: dict[int, str] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, generator=generator)
-        names = {str(key): value for key, value in (id2label or {}).items()}
-        self.register_to_config(id2label=names, settings=dict(settings or {}))
-        if tokenizer is not None and tuple(tokenizer.latent_shape) != self.latent_shape:
-            ours, theirs = ("x".join(map(str, shape)) for shape in (tokenizer.latent_shape, self.latent_shape))
-            raise SettingError(f"tokenizer and generator do not fit: latents are {ours} against {theirs}")
-        self.chosen_settings({})  # a model with impossible defaults is refused at once
+    def shared_sizes(self) -> dict[str, tuple[Any, Any]]:
+        ours, theirs = ("x".join(map(str, shape)) for shape in (self.tokenizer.latent_shape, self.latent_shape))
+        return {"latent": (ours, theirs)}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

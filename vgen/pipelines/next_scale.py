@@ -27,24 +27,10 @@ class NextScalePipeline(Pipeline):
 
     samplers = ("next-scale",)
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        generator: Any,
-        id2label: dict[int, str] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, generator=generator)
-        names = {str(key): value for key, value in (id2label or {}).items()}
-        self.register_to_config(id2label=names, settings=dict(settings or {}))
-        self.chosen_settings({})  # a model with impossible defaults is refused at once
-        if tokenizer is not None:
-            tokenizer.to(memory_format=torch.channels_last)
-            for name in ("scales", "vocab_size", "code_dim"):
-                ours, theirs = tokenizer.config[name], generator.config[name]
-                if list(ours) != list(theirs) if name == "scales" else ours != theirs:
-                    raise SettingError(f"tokenizer and generator do not fit: {name} is {ours} against {theirs}")
+    def shared_sizes(self) -> dict[str, tuple[Any, Any]]:
+        ours, theirs = self.tokenizer.config, self.generator.config
+        sizes = {name: (ours[name], theirs[name]) for name in ("vocab_size", "code_dim")}
+        return {"scales": (list(ours["scales"]), list(theirs["scales"]))} | sizes
 
     @torch.no_grad()
     def __call__(self, class_labels: Labels = None, *, output_type: str = "pil", **settings: Any) -> Output:

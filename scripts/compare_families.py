@@ -86,6 +86,7 @@ def measure(
             judged = _of_its_twin(entry, row, rows) or _evaluate(entry, row, data_root)
             one = pipeline([0], seeds=[0], sampler=entry.sampler, output_type="latent", **entry.settings)
             row |= {"evaluations": one.evaluations} | judged
+            rows = _read(path)  # judging takes minutes, in which another process may have written its own
             kept = [old for old in rows if not _is_of(old, entry) or known.items() <= old.items()]  # no other weights
             _write(path, [*kept, row])
             print(entry.name, row["seed"], {name: round(value, 4) for name, value in row["metrics"].items()})

@@ -23,7 +23,7 @@ from vgen.files import atomic_file
 from vgen.training.card import cpu_minutes
 
 ROOT = Path(__file__).parents[1]
-METRICS = "fid,sfid,kid,prc,accuracy,frechet,memorization"
+METRICS = "fid,kid,prc,accuracy,frechet,memorization"
 INCEPTION_DTYPE = "bfloat16"  # four times as fast as float32 on one core; what it changes is in the README
 BATCHES = (1, 16)
 BEGIN, END = "<!-- compare_families: begin -->", "<!-- compare_families: end -->"

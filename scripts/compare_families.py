@@ -77,7 +77,7 @@ def measure(
     path = results / "families.json"
     for entry in chosen(only):
         pipeline = hub.load(entry.model, device="cpu")
-        known = asdict(entry) | {"checkpoint": pipeline.checkpoint(), "per_class": per_class}
+        known = asdict(entry) | as_bundled(entry.model) | {"per_class": per_class}
         for number in range(seeds):
             rows = _read(path)
             row = known | {"seed": number * per_class * pipeline.null_class}  # no image of one set is in another
@@ -92,9 +92,16 @@ def measure(
             print(entry.name, row["seed"], {name: round(value, 4) for name, value in row["metrics"].items()})
 
 
+@cache
+def as_bundled(model: str) -> dict[str, Any]:
+    """What its figures depend on: its weights, and the settings that come with it."""
+    pipeline = hub.load(model, device="cpu")
+    return {"checkpoint": pipeline.checkpoint(), "own_settings": dict(pipeline.config["settings"])}
+
+
 def _of_its_twin(entry: Entry, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What was found of the same samples, where another sampler has drawn them."""
-    twin = {key: row[key] for key in ("model", "settings", "checkpoint", "per_class", "seed")}
+    twin = {key: row[key] for key in ("model", "settings", "checkpoint", "own_settings", "per_class", "seed")}
     twin["sampler"] = entry.tokens_of
     found = [old for old in rows if twin.items() <= old.items()]
     return {key: found[0][key] for key in ("metrics", "protocol")} if found else None
@@ -143,9 +150,12 @@ def table(
     results: Results = ROOT / "docs" / "results",
     readme: Annotated[Path, typer.Option(help="The table goes between its two marks.")] = ROOT / "README.md",
 ) -> None:
-    """Write the table and the plot of what has been measured."""
+    """Write the table and the plot of what has been measured of the models as they are bundled now."""
     rows, seconds = _read(results / "families.json"), _read(results / "families-times.json") or {"seconds": {}}
-    groups = {entry.name: (entry, [row for row in rows if _is_of(row, entry)]) for entry in ENTRIES}
+    groups = {
+        entry.name: (entry, [row for row in rows if (asdict(entry) | as_bundled(entry.model)).items() <= row.items()])
+        for entry in ENTRIES
+    }
     groups = {name: group for name, group in groups.items() if group[1]}
     text = markdown(groups, seconds["seconds"])
     with atomic_file(results / "families.md") as partial:

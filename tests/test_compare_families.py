@@ -61,6 +61,9 @@ def test_the_table_gives_means_and_spreads_and_replaces_the_old_one(
     (tmp_path / "families-times.json").write_text(json.dumps({"seconds": seconds}))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{script.BEGIN}\nan old table\n{script.END}\nafter\n")
+    rows = json.loads((tmp_path / "families.json").read_text())
+    stale = [rows[0] | {"checkpoint": "another"}, rows[0] | {"own_settings": {"top_k": 7}}]  # of the model as it was
+    (tmp_path / "families.json").write_text(json.dumps(rows + stale))
     for _ in range(2):
         script.table(results=tmp_path, readme=readme)
     text = readme.read_text()

@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from vgen.files import atomic_folder, sha256, weight_files
+from vgen.files import atomic_folder, read_tensors, weight_files
 from vgen.hub import ZOO
 from vgen.training.config import TrainingConfig, list_presets, load_config
+from vgen.training.decoders import DECODERS
 from vgen.training.run import start
 from vgen.training.trainer import checkpoints
 from vgen.types import SettingError
@@ -83,18 +85,27 @@ def put(trained: Path, place: Path) -> Path:
 
 
 def tokenizer_owner(tokenizer: Path, place: Path) -> str | None:
-    """The bundled model, another than that of `place`, that holds this tokenizer; None: it must be stored."""
+    """The bundled model, not that of `place`, whose tokenizer gives the same tokens; None: this one must be stored."""
     if not tokenizer.is_dir():
         return None
     others = (path for path in sorted(place.parent.glob("*/tokenizer")) if path.parent != place)
-    return next((path.parent.name for path in others if _same(path, tokenizer)), None)
+    return next((path.parent.name for path in others if _same_tokens(path, tokenizer)), None)
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two parts of models have the same weights and settings."""
+def _same_tokens(one: Path, other: Path) -> bool:
+    """Whether two tokenizers have the same settings, and the same weights but for a decoder trained further."""
     settings = [json.loads((part / "config.json").read_text()) for part in (one, other)]
     ours, theirs = ({key: value for key, value in found.items() if key[0] != "_"} for found in settings)
-    return ours == theirs and sha256(*weight_files(one)) == sha256(*weight_files(other))
+    weights, others = _coding_weights(one), _coding_weights(other)
+    if ours != theirs or weights.keys() != others.keys():
+        return False
+    return all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+
+
+def _coding_weights(tokenizer: Path) -> dict[str, torch.Tensor]:
+    """Those that tokens come from."""
+    found = {name: tensor for file in weight_files(tokenizer) for name, tensor in read_tensors(file).items()}
+    return {name: tensor for name, tensor in found.items() if name.split(".")[0] not in DECODERS}
 
 
 if __name__ == "__main__":

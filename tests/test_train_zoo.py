@@ -105,6 +105,17 @@ def test_a_tokenizer_that_is_there_is_not_stored_again(script: Any, tmp_path: Pa
     assert (zoo / "a" / "tokenizer" / WEIGHTS).is_file()
 
 
+def test_a_tokenizer_whose_decoder_alone_is_another_is_shared(script: Any, tmp_path: Path) -> None:
+    """M-VAR is trained on the tokens of VAR's tokenizer, and has its decoder from then on."""
+    zoo = tmp_path / "zoo"
+    for name, decoder, encoder, owner in (("a", 1.0, 0.0, None), ("b", 2.0, 0.0, "a"), ("c", 1.0, 5.0, None)):
+        folder = model_folder(tmp_path / name, 1.0)
+        tensors = {"decoder.w": torch.full((8,), decoder), "encoder.w": torch.full((8,), encoder)}
+        save_file(tensors, folder / "tokenizer" / WEIGHTS)
+        script.put(folder, zoo / name)
+        assert json.loads((zoo / name / "model_index.json").read_text()).get("_tokenizer_of") == owner
+
+
 def test_a_zoo_stays_as_it_was_where_a_model_is_too_large(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

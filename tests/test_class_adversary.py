@@ -35,7 +35,7 @@ def test_it_has_a_fine_map_and_a_coarse_one_of_at_most_four_by_four(size: int, f
 
 
 def test_images_without_room_for_a_map_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"images of 7x7 are too small .*at least 8x8: --set adversarial=0"):
+    with pytest.raises(SettingError, match=r"images of 7x7 are too small to judge: at least 8x8"):
         ClassDiscriminator(1, 7, 10)
 
 

@@ -1,9 +1,9 @@
 """The adversarial term of decoder training: a discriminator that knows the class, kept calm by a penalty on gradients.
 
-The discriminator of patches that tokenizers train with (vgen.training.adversary) is told apart from by its spectral
-norm, which keeps it from seeing fine texture. Here the layers are free, the loss is the logistic one, and what keeps
-the discriminator from running away is the R1 penalty (Mescheder et al., 1801.04406). The class enters as a projection
-(Miyato and Koyama, 1802.05637). Knows nothing of tokenizers beyond their images.
+The discriminator of patches that tokenizers train with (vgen.training.adversary) is kept calm by spectral norm, which
+also keeps it from seeing fine texture. Here the layers are free, the loss is the logistic one, and the R1 penalty
+(Mescheder et al., 1801.04406) keeps the discriminator from running away. The class enters as a projection (Miyato and
+Koyama, 1802.05637). Knows nothing of tokenizers beyond their images.
 """
 
 import math
@@ -32,7 +32,7 @@ class ClassDiscriminator(nn.Module):
     def __init__(self, channels: int, size: int, classes: int, base: int = 32) -> None:
         super().__init__()
         if size < 8:
-            raise SettingError(f"images of {size}x{size} are too small to judge, at least 8x8: --set adversarial=0")
+            raise SettingError(f"images of {size}x{size} are too small to judge: at least 8x8")
         fine = 4 * base
         self.fine = nn.ModuleList(
             [

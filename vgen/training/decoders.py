@@ -75,7 +75,7 @@ class DecoderTask:
         self.tokens = stored_tokens(tokenizer, folder, config, self.source, "train", 1, 1)
         self.num_examples = len(self.tokens)
         self.model: Any = Decoding(tokenizer)
-        self.labels = np.asarray(self.source.labels)
+        self.labels = self.source.labels.numpy()
         self.adversary = ClassAdversary(config, channels, size, found)
         self.judge = QuickJudge(config.classifier, self.held_out) if config.classifier else None
 

@@ -187,7 +187,12 @@ def test_another_model_and_sampler(visitor: Visitor) -> None:
     visitor.expect(visitor.page.get_by_label("Sampler", exact=True)).to_have_value("maskgit")
     visitor.page.get_by_label("Sampler", exact=True).click()
     visitor.page.get_by_role("option", name="halton").click()
-    visitor.page.get_by_label("Steps", exact=False).first.fill("6")
+    visitor.expect(visitor.page.get_by_label("Sampler", exact=True)).to_have_value("halton")
+    visitor.page.wait_for_timeout(2000)  # a choice redraws the fields that depend on it, and what was typed by then
+    steps = visitor.page.get_by_label("Steps", exact=False).first
+    steps.fill("6")
+    steps.press("Tab")
+    visitor.expect(steps).to_have_value("6")
     visitor.button("Generate").click()
     visitor.finish()
     assert visitor.page.locator("#run-scrub input[type=range]").get_attribute("max") == "6"

@@ -76,8 +76,7 @@ def measure(
     """Judge what has not been judged yet."""
     path = results / "families.json"
     for entry in chosen(only):
-        pipeline = hub.load(entry.model, device="cpu")
-        known = asdict(entry) | as_bundled(entry.model) | {"per_class": per_class}
+        pipeline, known = loaded(entry.model), as_bundled(entry) | {"per_class": per_class}
         for number in range(seeds):
             rows = _read(path)
             row = known | {"seed": number * per_class * pipeline.null_class}  # no image of one set is in another
@@ -93,10 +92,14 @@ def measure(
 
 
 @cache
-def as_bundled(model: str) -> dict[str, Any]:
-    """What its figures depend on: its weights, and the settings that come with it."""
-    pipeline = hub.load(model, device="cpu")
-    return {"checkpoint": pipeline.checkpoint(), "own_settings": dict(pipeline.config["settings"])}
+def loaded(model: str) -> Any:
+    return hub.load(model, device="cpu")
+
+
+def as_bundled(entry: Entry) -> dict[str, Any]:
+    """What its figures depend on: itself, and the model's weights and own settings."""
+    pipeline = loaded(entry.model)
+    return asdict(entry) | {"checkpoint": pipeline.checkpoint(), "own_settings": dict(pipeline.config["settings"])}
 
 
 def _of_its_twin(entry: Entry, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -131,13 +134,12 @@ def times(
     """Seconds per image of all entries, turn by turn in one run of one thread."""
     torch.set_num_threads(1)
     entries = {entry.name: entry for entry in chosen(only)}
-    loaded = {entry.model: hub.load(entry.model, device="cpu") for entry in entries.values()}
     found: dict[str, dict[str, float]] = {name: {} for name in entries}
     for batch in BATCHES:
 
         def work(entry: Entry, size: int = batch) -> Any:
             labels, seeds = [i % 10 for i in range(size)], list(range(size))
-            return lambda: loaded[entry.model](labels, seeds=seeds, sampler=entry.sampler, **entry.settings)
+            return lambda: loaded(entry.model)(labels, seeds=seeds, sampler=entry.sampler, **entry.settings)
 
         taken = by_turns({name: work(entry) for name, entry in entries.items()}, repeats, "cpu")
         for name, seconds in taken.items():
@@ -152,10 +154,8 @@ def table(
 ) -> None:
     """Write the table and the plot of what has been measured of the models as they are bundled now."""
     rows, seconds = _read(results / "families.json"), _read(results / "families-times.json") or {"seconds": {}}
-    groups = {
-        entry.name: (entry, [row for row in rows if (asdict(entry) | as_bundled(entry.model)).items() <= row.items()])
-        for entry in ENTRIES
-    }
+    present = [(entry, as_bundled(entry).items()) for entry in ENTRIES]
+    groups = {entry.name: (entry, [row for row in rows if known <= row.items()]) for entry, known in present}
     groups = {name: group for name, group in groups.items() if group[1]}
     text = markdown(groups, seconds["seconds"])
     with atomic_file(results / "families.md") as partial:
@@ -222,7 +222,7 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
 @cache
 def model_facts(model: str) -> dict[str, str]:
     """Parameters, tokens and CPU-minutes of training, as the model and its cards say."""
-    pipeline = hub.load(model, device="cpu")
+    pipeline = loaded(model)
     parts = (pipeline.generator, pipeline.tokenizer)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in parts]
     cards = (hub.ZOO / model / "README.md", hub.component_folders(hub.ZOO / model)["tokenizer"] / "README.md")

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_adversary import images
 from tiny import tokenizer_config
 from torch import Tensor, nn
 
 from vgen.training.class_adversary import ClassAdversary, ClassDiscriminator, gradient_penalty, logistic_loss
 from vgen.types import SettingError
-
-
-def images(number: int, size: int = 8, channels: int = 1, seed: int = 0) -> Tensor:
-    return torch.rand(number, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def adversary(**changes: Any) -> ClassAdversary:

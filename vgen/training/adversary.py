@@ -5,6 +5,8 @@ a weight that balances the term with the reconstruction. VAR and NFIG train with
 weights have to be downloaded, and it is not built here. Knows nothing of tokenizers beyond their images.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
@@ -86,6 +88,13 @@ class Adversary:
         """Whether the step that follows is one with the adversarial term."""
         return self.done >= self.begin
 
+    def unmoved(self, *judged: Tensor) -> Any:
+        """The discriminator's logits, with gradients for what it judges and none for itself."""
+        self.discriminator.requires_grad_(False)
+        logits = self.discriminator(*judged)
+        self.discriminator.requires_grad_(True)
+        return logits
+
     def put_by(self, loss: Tensor) -> Tensor:
         """Add the gradients of a batch's scalar loss to those of earlier batches of this step; the loss, detached."""
         found = torch.autograd.grad(loss, self.parameters)
@@ -156,10 +165,7 @@ class PatchAdversary(Adversary):
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """Minus the mean logit of fake images (B, C, S, S), a scalar."""
-        self.discriminator.requires_grad_(False)
-        logits = self.discriminator(fake)
-        self.discriminator.requires_grad_(True)
-        return -logits.mean()
+        return -self.unmoved(fake).mean()
 
     def learn(self, step: int) -> None:
         """As every adversary, and then the estimates of the layers' norms keep up."""

@@ -108,10 +108,7 @@ class ClassAdversary(Adversary):
 
     def decoder_loss(self, fake: Tensor, classes: Tensor) -> Tensor:
         """Mean softplus(-logit) of fake images (N, C, S, S), a scalar: the non-saturating loss (1406.2661)."""
-        self.discriminator.requires_grad_(False)
-        logits = self.discriminator(fake, classes)
-        self.discriminator.requires_grad_(True)
-        return _over_maps(F.softplus(-each) for each in logits)
+        return _over_maps(F.softplus(-each) for each in self.unmoved(fake, classes))
 
 
 def logistic_loss(real: tuple[Tensor, ...], fake: tuple[Tensor, ...]) -> Tensor:

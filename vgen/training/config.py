@@ -51,9 +51,7 @@ class TrainingConfig:
     workers: int = 0
 
     label_dropout: float = 0.1  # generators
-    self_correction: float = (
-        0.0  # "var", "mvar": largest share of tokens that training misreads, for later scales to mend
-    )
+    self_correction: float = 0.0  # "var", "mvar": largest share of tokens that training misreads
     mask_law: str = "uniform"  # masked generators: of the number of masked tokens; or "cosine", "beta"
     mask_weight: str = "1/t"  # masked generators: of a masked token's loss; or "uniform"
     classifier: str | None = None  # generators: judges samples at every evaluation; a bundled one, or a folder

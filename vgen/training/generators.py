@@ -53,10 +53,13 @@ class GeneratorTask(ABC):
         given = {theirs: config.model[name] for name, theirs in self.init_settings.items() if name in config.model}
         self.model.init_weights(**given)
         coder = self.tokenizer, self.tokenizer_folder, config
-        self.tokens = stored_tokens(*coder, train, "train", 2 if config.flip else 1, config.crops)
+        copies = 2 if config.flip else 1
+        self.num_examples = copies * config.crops * len(train.labels)
+        self.tokens: Any = None  # with self-correction images are encoded at every step instead
+        if not config.self_correction:
+            self.tokens = stored_tokens(*coder, train, "train", copies, config.crops)
         self.test_tokens = stored_tokens(*coder, test, "test", 1, 1)
         self.source, self.labels, self.test_labels = train, train.labels, test.labels
-        self.num_examples = len(self.tokens)
         self.judge = QuickJudge(config.classifier, test) if config.classifier else None
 
     # ---- what families provide

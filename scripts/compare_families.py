@@ -24,7 +24,7 @@ from vgen.training.card import cpu_minutes
 
 ROOT = Path(__file__).parents[1]
 METRICS = "fid,kid,prc,accuracy,frechet,memorization"
-INCEPTION_DTYPE = "bfloat16"  # four times as fast as float32 on one core; what it changes is in the README
+INCEPTION_DTYPE = "float32"  # half as fast as bfloat16 where there is that, but the same on every machine
 BATCHES = (1, 16)
 BEGIN, END = "<!-- compare_families: begin -->", "<!-- compare_families: end -->"
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -97,14 +97,16 @@ def loaded(model: str) -> Any:
 
 
 def as_bundled(entry: Entry) -> dict[str, Any]:
-    """What its figures depend on: itself, and the model's weights and own settings."""
+    """What its figures depend on: itself, the model's weights and own settings, and in what Inception computes."""
     pipeline = loaded(entry.model)
-    return asdict(entry) | {"checkpoint": pipeline.checkpoint(), "own_settings": dict(pipeline.config["settings"])}
+    found = {"checkpoint": pipeline.checkpoint(), "own_settings": dict(pipeline.config["settings"])}
+    return asdict(entry) | found | {"inception": INCEPTION_DTYPE}
 
 
 def _of_its_twin(entry: Entry, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What was found of the same samples, where another sampler has drawn them."""
-    twin = {key: row[key] for key in ("model", "settings", "checkpoint", "own_settings", "per_class", "seed")}
+    same = ("model", "settings", "checkpoint", "own_settings", "inception", "per_class", "seed")
+    twin = {key: row[key] for key in same}
     twin["sampler"] = entry.tokens_of
     found = [old for old in rows if twin.items() <= old.items()]
     return {key: found[0][key] for key in ("metrics", "protocol")} if found else None
@@ -211,7 +213,7 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
         f"legacy resize, {INCEPTION_DTYPE}. "
         + (f"Mean ± standard deviation over up to {sets} sets of sampling seeds; " if sets > 1 else "One set; ")
         + "one seed of training, so what training anew would change is not in it. Parameters and training with the "
-        "tokenizer's; times of one core."
+        "tokenizer's, the latter in minutes of the machine it was done on; times of one core."
     )
     if "fid" in spreads:
         noise = 2 * max(spreads["fid"]) * 2**0.5

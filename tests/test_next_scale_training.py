@@ -208,6 +208,7 @@ def test_a_tokenizer_of_another_kind_is_refused(data: Path, tmp_path: Path) -> N
 def test_presets_share_data_and_size() -> None:
     """What the comparison of the bundled models rests on."""
     presets = [load_config(name) for name in ("fashion-var", "fashion-mvar", "fashion-nfig")]
-    for name in ("data", "batch_size", "optimizer", "lr", "weight_decay", "ema", "label_dropout", "sample_guidance"):
-        assert len({getattr(preset, name) for preset in presets}) == 1, name
+    shared = ("data", "batch_size", "optimizer", "lr", "weight_decay", "ema", "label_dropout", "self_correction")
+    for name in (*shared, "sample_guidance", "sample_settings"):
+        assert all(getattr(preset, name) == getattr(presets[0], name) for preset in presets), name
     assert presets[0].model == presets[2].model and presets[0].steps == presets[2].steps

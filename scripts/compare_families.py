@@ -105,9 +105,7 @@ def as_bundled(entry: Entry) -> dict[str, Any]:
 
 def _of_its_twin(entry: Entry, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What was found of the same samples, where another sampler has drawn them."""
-    same = ("model", "settings", "checkpoint", "own_settings", "inception", "per_class", "seed")
-    twin = {key: row[key] for key in same}
-    twin["sampler"] = entry.tokens_of
+    twin = row | {"sampler": entry.tokens_of, "tokens_of": ""}
     found = [old for old in rows if twin.items() <= old.items()]
     return {key: found[0][key] for key in ("metrics", "protocol")} if found else None
 

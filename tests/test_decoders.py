@@ -139,3 +139,22 @@ def test_what_cannot_be_trained_so_is_one_line(data: Path, trained: Path, tmp_pa
 def test_the_settings_of_the_model_stay(data: Path, trained: Path, tmp_path: Path) -> None:
     out = start(decoder_config(data, trained, steps=1), tmp_path / "run")
     assert json.loads((out / "model_index.json").read_text()) == json.loads((trained / "model_index.json").read_text())
+
+
+def test_an_anchor_holds_samples_to_what_they_were_at_first(data: Path, trained: Path) -> None:
+    task: Any = build_task(decoder_config(data, trained, anchor=2.0, adversarial_start=0.5))
+    images, tokens, _ = batch = task.batch(torch.arange(8).numpy(), seed=5)
+    latents = flat_latent(task.model.tokenizer, tokens)
+    at_first = task.model(latents).detach()
+    assert task.loss(task.model, batch, torch.Generator())[1]["moved"] < 1e-9
+    with torch.no_grad():
+        for weight in task.model.tokenizer.decoder.parameters():
+            weight.mul_(1.1)
+    loss, figures = task.loss(task.model, batch, torch.Generator())
+    made = task.model(latents)
+    difference, moved = made[:8] - images, (made[8:] - at_first[8:]).square().mean()
+    error = difference.square().mean() + 0.2 * difference.abs().mean()
+    assert moved > 1e-4 and figures["moved"].item() == pytest.approx(moved.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((error + 2 * moved).item(), rel=1e-4)
+    with pytest.raises(SettingError, match=r"anchor is 0\.5, but serves decoders, not a tokenizer"):
+        dataclasses.replace(decoder_config(data, trained), kind="tokenizer", adversarial=0.0, anchor=0.5)

@@ -3,9 +3,11 @@
 A tokenizer's decoder has only seen tokens of real images. A generator's are others, and what the decoder makes of them
 is blurred or does not fit together ("Image Tokenizer Needs Post-Training", 2509.12474). Here the decoder alone learns:
 it rebuilds images as before, and a discriminator judges these and what it makes of samples. Unlike that paper's, our
-samples are drawn freely, so there is no image to compare them with: the discriminator alone speaks for them.
+samples are drawn freely, so there is no image to compare them with. An anchor may hold them to what they were drawn as
+before, so that the discriminator changes their texture and not what they show.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,7 @@ class DecoderTask:
         self.tokens = stored_tokens(tokenizer, folder, config, self.source, "train", 1, 1)
         self.num_examples = len(self.tokens)
         self.model: Any = Decoding(tokenizer)
+        self.at_first = copy.deepcopy(self.model).requires_grad_(False) if config.anchor else None
         self.labels = self.source.labels.numpy()
         self.adversary = ClassAdversary(config, channels, size, found)
         self.judge = QuickJudge(config.classifier, self.held_out) if config.classifier else None
@@ -118,7 +121,13 @@ class DecoderTask:
         squared, absolute = difference.square().mean(), difference.abs().mean()
         term, figures = self.adversary(images, made, classes[: len(images)], classes)
         loss = squared + self.config.l1 * absolute + self.config.adversarial * term
-        return loss, {"squared_error": squared} | figures
+        figures = {"squared_error": squared} | figures
+        if self.at_first is not None:
+            with torch.no_grad():
+                at_first = self.at_first.to(images.device)(latents[len(images) :]).float()
+            figures["moved"] = (made[len(images) :] - at_first).square().mean()
+            loss = loss + self.config.anchor * figures["moved"]
+        return loss, figures
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
         self.adversary.learn(step)

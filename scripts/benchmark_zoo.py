@@ -48,28 +48,24 @@ def _training(pipeline: Any, config: Any) -> Callable[[], None]:
     """A training step as the preset does it: autocast where the device has bfloat16, its optimizers, tokens that are
     there already or, with self-correction, images that are encoded."""
     import torch
-    import torch.nn.functional as F
 
-    from vgen.training.next_scale import misread
+    from vgen.training.next_scale import next_scale_loss
     from vgen.training.optimizers import build_optimizers
     from vgen.training.precision import has_bfloat16
 
     model, tokenizer = pipeline.generator.train(), pipeline.tokenizer
     optimizers = build_optimizers(model, config)
     rng = torch.Generator().manual_seed(0)
-    kept = torch.randint(model.config["vocab_size"], (config.batch_size, model.num_tokens), generator=rng)
-    size, channels = tokenizer.image_size, tokenizer.config["image_channels"]
-    images = torch.rand(config.batch_size, channels, size, size, generator=rng) * 2 - 1
+    if config.self_correction:
+        size, channels = tokenizer.image_size, tokenizer.config["image_channels"]
+        examples = torch.rand(config.batch_size, channels, size, size, generator=rng) * 2 - 1
+    else:
+        examples = torch.randint(model.config["vocab_size"], (config.batch_size, model.num_tokens), generator=rng)
     labels = torch.randint(10, (config.batch_size,), generator=rng)
 
     def step() -> None:
-        if config.self_correction:
-            tokens, context = misread(tokenizer, images, config.self_correction, rng)
-        else:
-            tokens, context = kept, tokenizer.context(kept.split(model.lengths, dim=1))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16(torch.device("cpu"))):
-            logits = model(context, labels)
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+            loss = next_scale_loss(model, tokenizer, examples, labels, config.self_correction, rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:

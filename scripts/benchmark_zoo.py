@@ -28,6 +28,8 @@ def run_zoo(job: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _works(name: str) -> dict[str, tuple[Callable[[], Any], int]]:
     """What is timed, and how many images it is for."""
+    from benchmark_training import step_of
+
     import vgen
     from vgen.training.config import load_config
 
@@ -36,40 +38,9 @@ def _works(name: str) -> dict[str, tuple[Callable[[], Any], int]]:
     for batch in BATCHES:
         labels = [i % 10 for i in range(batch)]
         found[f"batch {batch}"] = (_sampling(pipeline, labels), batch)
-    found["training"] = (_training(vgen.load(name, device="cpu"), config), config.batch_size)
+    found["training"] = (step_of(name, name), config.batch_size)
     return found
 
 
 def _sampling(pipeline: Any, labels: list[int]) -> Callable[[], Any]:
     return lambda: pipeline(class_labels=labels, seeds=list(range(len(labels))))
-
-
-def _training(pipeline: Any, config: Any) -> Callable[[], None]:
-    """A training step as the preset does it: autocast where the device has bfloat16, its optimizers, tokens that are
-    there already or, with self-correction, images that are encoded."""
-    import torch
-
-    from vgen.training.next_scale import next_scale_loss
-    from vgen.training.optimizers import build_optimizers
-    from vgen.training.precision import has_bfloat16
-
-    model, tokenizer = pipeline.generator.train(), pipeline.tokenizer
-    optimizers = build_optimizers(model, config)
-    rng = torch.Generator().manual_seed(0)
-    if config.self_correction:
-        size, channels = tokenizer.image_size, tokenizer.config["image_channels"]
-        examples = torch.rand(config.batch_size, channels, size, size, generator=rng) * 2 - 1
-    else:
-        examples = torch.randint(model.config["vocab_size"], (config.batch_size, model.num_tokens), generator=rng)
-    labels = torch.randint(10, (config.batch_size,), generator=rng)
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16(torch.device("cpu"))):
-            loss = next_scale_loss(model, tokenizer, examples, labels, config.self_correction, rng)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step

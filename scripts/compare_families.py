@@ -1,8 +1,9 @@
 """All families on equal terms: `python scripts/compare_families.py measure`, then `times`, then `table`.
 
 `measure` samples each bundled model with each of its samplers under several seeds and judges the samples; `times` takes
-seconds per image of all of them in one run; `table` writes the table, also into the README, and the plot, from the two
-JSON files. Figures that a file holds already, for the same weights, are not measured again.
+seconds per image of all of them in one run, and of the training steps behind them; `table` writes the table, also into
+the README, and the plot, from the two JSON files. Figures that a file holds already, for the same weights, are not
+measured again.
 """
 
 import json
@@ -17,10 +18,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from benchmark import by_turns
+from benchmark_training import presets_of, seconds_per_step
 
 from vgen import cli, hub
 from vgen.files import atomic_file
-from vgen.training.card import cpu_minutes
+from vgen.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 METRICS = "fid,kid,prc,accuracy,frechet,memorization"
@@ -129,9 +131,10 @@ def _evaluate(entry: Entry, row: dict[str, Any], data_root: str | None) -> dict[
 def times(
     only: Only = "",
     repeats: Annotated[int, typer.Option(help="Timed turns, after one to warm up.")] = 7,
+    data_root: Annotated[str | None, typer.Option(help="Where Fashion-MNIST lies.")] = None,
     results: Results = ROOT / "docs" / "results",
 ) -> None:
-    """Seconds per image of all entries, turn by turn in one run of one thread."""
+    """Seconds per image of all entries and of a step of their training, turn by turn in one run of one thread."""
     torch.set_num_threads(1)
     entries = {entry.name: entry for entry in chosen(only)}
     found: dict[str, dict[str, float]] = {name: {} for name in entries}
@@ -144,7 +147,9 @@ def times(
         taken = by_turns({name: work(entry) for name, entry in entries.items()}, repeats, "cpu")
         for name, seconds in taken.items():
             found[name][str(batch)] = median(seconds) / batch
-    _write(results / "families-times.json", {"repeats": repeats, "torch": torch.__version__, "seconds": found})
+    training = seconds_per_step(list(dict.fromkeys(entry.model for entry in entries.values())), repeats, data_root)
+    facts = {"repeats": repeats, "torch": torch.__version__}
+    _write(results / "families-times.json", facts | {"seconds": found, "training": training})
 
 
 @app.command()
@@ -153,11 +158,12 @@ def table(
     readme: Annotated[Path, typer.Option(help="The table goes between its two marks.")] = ROOT / "README.md",
 ) -> None:
     """Write the table and the plot of what has been measured of the models as they are bundled now."""
-    rows, seconds = _read(results / "families.json"), _read(results / "families-times.json") or {"seconds": {}}
+    rows, taken = _read(results / "families.json"), _read(results / "families-times.json")
+    seconds, training = (taken[key] if taken else {} for key in ("seconds", "training"))
     present = [(entry, as_bundled(entry).items()) for entry in ENTRIES]
     groups = {entry.name: (entry, [row for row in rows if known <= row.items()]) for entry, known in present}
     groups = {name: group for name, group in groups.items() if group[1]}
-    text = markdown(groups, seconds["seconds"])
+    text = markdown(groups, seconds, training)
     with atomic_file(results / "families.md") as partial:
         partial.write_text(text)
     old = readme.read_text()
@@ -165,12 +171,17 @@ def table(
         raise typer.BadParameter(f"{readme} lacks the lines {BEGIN} and {END}")
     with atomic_file(readme) as partial:
         partial.write_text(old[: old.index(BEGIN)] + f"{BEGIN}\n{text}" + old[old.index(END) :])
-    plot(groups, seconds["seconds"], results / "families.png")
+    plot(groups, seconds, results / "families.png")
 
 
-def markdown(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], seconds: dict[str, dict[str, float]]) -> str:
-    """The table, and what its figures rest on."""
-    head = ["", "parameters", "tokens", "evaluations", "training, CPU-min", "ms/image, batch 1", "batch 16"]
+def markdown(
+    groups: dict[str, tuple[Entry, list[dict[str, Any]]]],
+    seconds: dict[str, dict[str, float]],
+    training: dict[str, float],
+) -> str:
+    """The table, and what its figures rest on; `seconds` are of an image by entry and batch, `training` of a step by
+    preset."""
+    head = ["", "parameters", "tokens", "evaluations", "training, minutes", "ms/image, batch 1", "batch 16"]
     head += ["FID", "KID x 1000", "precision", "recall", "class accuracy", "nearer than 1% of test images"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     spreads: dict[str, list[float]] = {}
@@ -178,7 +189,7 @@ def markdown(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], seconds: dic
         facts = model_facts(entry.model)
         times_of = [f"{seconds[name][str(size)] * 1e3:.1f}" if name in seconds else "" for size in BATCHES]
         cells = [f"`{entry.model}`, {name.removeprefix(entry.model + ' ')}", facts["parameters"], facts["tokens"]]
-        cells += [f"{rows[0]['evaluations']}", facts["minutes"], *times_of]
+        cells += [f"{rows[0]['evaluations']}", minutes(entry.model, training), *times_of]
         for metric, scale, digits in (
             ("fid", 1, 2),
             ("kid", 1000, 1),
@@ -211,7 +222,8 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
         f"legacy resize, {INCEPTION_DTYPE}. "
         + (f"Mean ± standard deviation over up to {sets} sets of sampling seeds; " if sets > 1 else "One set; ")
         + "one seed of training, so what training anew would change is not in it. Parameters and training with the "
-        "tokenizer's, the latter in minutes of the machine it was done on; times of one core."
+        "tokenizer's; the latter is the steps of all presets behind a model, at the pace of the machine that the times "
+        "are of; all times of one core."
     )
     if "fid" in spreads:
         noise = 2 * max(spreads["fid"]) * 2**0.5
@@ -221,24 +233,24 @@ def footnote(groups: dict[str, tuple[Entry, list[dict[str, Any]]]], spreads: dic
 
 @cache
 def model_facts(model: str) -> dict[str, str]:
-    """Parameters, tokens and CPU-minutes of training, as the model and its cards say."""
+    """Parameters and tokens, as the model says."""
     pipeline = loaded(model)
     parts = (pipeline.generator, pipeline.tokenizer)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in parts]
-    cards = (hub.ZOO / model / "README.md", hub.component_folders(hub.ZOO / model)["tokenizer"] / "README.md")
-    minutes = [_minutes(card.read_text()) for card in cards]
     first = next(pipeline.stream([0], seeds=[0]))
     return {
         "parameters": " + ".join(f"{size:.2f}" for size in sizes) + " M",
         "tokens": str(first.known.shape[1]),
-        "minutes": " + ".join(map(str, minutes)),
     }
 
 
-def _minutes(card: str) -> int:
-    if (found := cpu_minutes(card)) is None:
-        raise SystemExit("a model card does not say how long it was trained: train it by scripts/train_zoo.py")
-    return found
+def minutes(model: str, training: dict[str, float]) -> str:
+    """Minutes that a model and its tokenizer train for, where every preset's `training` step was timed."""
+    parts = presets_of(model).values()
+    if not all(preset in training for presets in parts for preset in presets):
+        return ""
+    spent = [sum(load_config(preset).steps * training[preset] / 60 for preset in presets) for presets in parts]
+    return " + ".join(f"{each:.0f}" for each in spent)
 
 
 def plot(

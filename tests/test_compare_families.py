@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import typer
 
+from vgen.training.config import load_config
+
 
 @pytest.fixture
 def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
@@ -58,7 +60,8 @@ def test_the_table_gives_means_and_spreads_and_replaces_the_old_one(
 ) -> None:
     script.measure(only="fashion-var", per_class=2, seeds=3, data_root=None, results=tmp_path)
     seconds = {"fashion-var next-scale": {"1": 0.0321, "16": 0.0105}}
-    (tmp_path / "families-times.json").write_text(json.dumps({"seconds": seconds}))
+    training = {"fashion-vq": 0.03, "fashion-var": 0.6, "fashion-var-decoder": 0.6}  # seconds of a step
+    (tmp_path / "families-times.json").write_text(json.dumps({"seconds": seconds, "training": training}))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{script.BEGIN}\nan old table\n{script.END}\nafter\n")
     rows = json.loads((tmp_path / "families.json").read_text())
@@ -72,7 +75,9 @@ def test_the_table_gives_means_and_spreads_and_replaces_the_old_one(
     (row,) = [line for line in text.splitlines() if line.startswith("| `fashion-var`")]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[0] == "`fashion-var`, next-scale" and cells[2:4] == ["88", "5"]
-    assert cells[4].count("+") == 1 and cells[5:7] == ["32.1", "10.5"]
+    steps = {preset: load_config(preset).steps for preset in training}
+    tokenizer = (0.03 * steps["fashion-vq"] + 0.6 * steps["fashion-var-decoder"]) / 60
+    assert cells[4] == f"{steps['fashion-var'] / 100:.0f} + {tokenizer:.0f}" and cells[5:7] == ["32.1", "10.5"]
     assert cells[7] == "21.00 ± 1.00" and cells[8] == "210.0 ± 10.0" and cells[11] == "21.0% ± 1.0"
     assert "20 samples a set" in text and "differ by 2.83 at most" in text
     assert (tmp_path / "families.md").read_text() in text and (tmp_path / "families.png").stat().st_size > 1000

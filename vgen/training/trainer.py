@@ -230,16 +230,14 @@ class Trainer:
         """
         self.accelerator.init_trackers("tensorboard")
         config, main = self.config, self.accelerator.is_main_process
-        loader = iter(self._loader())
-        self.task.model.train()
+        steps = self.steps()
         with (
             _stop_requests() as stopped,
             progress(config.steps, f"train {config.name}", "steps", self.step, lines=200) as shown,
         ):
             while self.step < config.steps:
                 began, cpu = time.monotonic(), time.process_time()
-                figures = self._one_step(loader)
-                self.step += 1
+                figures = next(steps)
                 self.seconds += time.monotonic() - began
                 self.cpu_seconds += time.process_time() - cpu
                 last = self.step == config.steps
@@ -259,6 +257,15 @@ class Trainer:
         folder = self._export()
         self.accelerator.end_training()
         return folder
+
+    def steps(self) -> Iterator[dict[str, Tensor]]:
+        """Takes the optimizer steps from where the run stands to its end, and no more; yields each one's figures."""
+        loader = iter(self._loader())
+        self.task.model.train()
+        while self.step < self.config.steps:
+            figures = self._one_step(loader)
+            self.step += 1
+            yield figures
 
     def _any_process(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all must stop after the same step."""

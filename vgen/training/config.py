@@ -62,7 +62,7 @@ class TrainingConfig:
     adversarial: float = 0.0  # tokenizers: weight of the discriminator's verdict (0.5 in NFIG); 0: off; decoders too
     adversarial_start: float = 0.1  # share of the run before it counts; a decoder's learns meanwhile
     gradient_penalty: float = 0.0  # decoders: weight of R1, which keeps the discriminator calm; 0: off
-    anchor: float = 0.0  # decoders: weight of the squared distance to what samples were drawn as at first; 0: off
+    anchor: float = 0.0  # decoders: weight of how far samples move, in 2x2 means, from what they were drawn as at first
     samples: int = 10_000  # decoders: of the model's samples, those that its decoder is trained on
     restart_every: int = 50  # tokenizers: steps between restarts of dead codes
     restart_until: float = 0.7  # tokenizers: share of the run after which codes are left alone

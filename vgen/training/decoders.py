@@ -4,7 +4,7 @@ A tokenizer's decoder has only seen tokens of real images. A generator's are oth
 is blurred or does not fit together ("Image Tokenizer Needs Post-Training", 2509.12474). Here the decoder alone learns:
 it rebuilds images as before, and a discriminator judges these and what it makes of samples. Unlike that paper's, our
 samples are drawn freely, so there is no image to compare them with. An anchor may hold them to what they were drawn as
-before, so that the discriminator changes their texture and not what they show.
+before, seen from a little further away: the discriminator changes their texture and not what they show.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from vgen.types import SettingError
 
 FIRST_SEED = 1_000_000_000  # of the samples to learn from, far from those that evaluations begin with
 DRAWN_TOGETHER = 100
+TEXTURE = 2  # pixels; what is finer than their mean may differ from what samples were drawn as at first
 DECODERS = ("decoder", "post_quant_conv")  # the parts that learn
 
 
@@ -125,7 +127,7 @@ class DecoderTask:
         if self.at_first is not None:
             with torch.no_grad():
                 at_first = self.at_first.to(images.device)(latents[len(images) :]).float()
-            figures["moved"] = (made[len(images) :] - at_first).square().mean()
+            figures["moved"] = F.avg_pool2d(made[len(images) :] - at_first, TEXTURE).square().mean()
             loss = loss + self.config.anchor * figures["moved"]
         return loss, figures
 

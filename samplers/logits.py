@@ -1,6 +1,7 @@
 """From logits to tokens: guidance, truncation and the exponential race. Pure functions of tensors."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from vgen.types import SettingError
 
 Schedule = str | Sequence[float]  # of guidance: "linear", "constant", or a curve
+TEMPERATURE_SCHEDULES = ("constant", "linear", "sqrt")
 MOST_POINTS = 64  # of a curve
 
 
@@ -88,6 +90,16 @@ def temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return below / temperature.clamp_min(torch.finfo(below.dtype).tiny)
     return below / temperature if temperature else below.masked_fill(below < 0, -torch.inf)
+
+
+def temperature_at(temperature: float, schedule: str, share: Any) -> Any:
+    """The temperature when a `share` in 0..1 of a run has passed, a number or a tensor as the share is.
+
+    "constant", or from 1 at the start to `temperature` at the end: "linear", or "sqrt" as ReCAP's release (2505.19089).
+    """
+    if schedule == "constant" or temperature == 1:
+        return temperature
+    return 1 + (temperature - 1) * (share**0.5 if schedule == "sqrt" else share)
 
 
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import Schedule, draw, temper, truncate
+from vgen.samplers.logits import Schedule, draw, temper, temperature_at, truncate
 from vgen.samplers.schedules import MASK_SCHEDULES, recap_counts, reveal_counts
 from vgen.types import Rng, SettingError, Step
 
@@ -156,13 +156,11 @@ def _like(places: Tensor, tokens: Tensor) -> Tensor:
 def ramp(schedule: str, temperature: float, step: int, row_steps: Tensor) -> float | Tensor:
     """The temperature at a step, a float where it is the same for every row, else (B, 1, 1).
 
-    "linear" and "sqrt" (ReCAP's) go from 1 at a row's first step to `temperature` at its last.
+    Schedules go from 1 at a row's first step to `temperature` at its last (`temperature_at`).
     """
-    if schedule == "constant" or temperature == 1:
-        return temperature
     share = (step / (row_steps - 1).clamp_min(1)).clamp_max(1)
-    share = share.sqrt() if schedule == "sqrt" else share
-    return (1 + (temperature - 1) * share)[:, None, None]
+    found = temperature_at(temperature, schedule, share)
+    return found[:, None, None] if isinstance(found, Tensor) else found
 
 
 def token_draw(rng: Rng, settings: MaskedSettings, plan: Plan) -> Draw:

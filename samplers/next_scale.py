@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.samplers.logits import Schedule, draw, guidance_at, guide, temper, truncate
+from vgen.samplers.logits import Schedule, draw, guidance_at, guide, temper, temperature_at, truncate
 from vgen.types import NextScaleGenerator, NextScaleTokenizer, Rng, Step
 
 # Given (scale, latent so far): which tokens of the scale are dictated, (B, n_k) bool, and what they are, (B, n_k).
@@ -26,6 +26,7 @@ class NextScaleSettings:
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0
+    temperature_schedule: str = "constant"  # or from 1 at first to `temperature` at last: "linear", "sqrt"
     more_smooth: bool = False  # VAR's demo option: feed back a soft mixture of codes instead of the drawn ones
 
 
@@ -93,13 +94,14 @@ def _choose(
     logits: Tensor, tokenizer: NextScaleTokenizer, rng: Rng, settings: NextScaleSettings, k: int, total: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B, n_k) and the code vectors to feed back (B, n_k, C)."""
-    logits = truncate(temper(logits, settings.temperature), settings.top_k, settings.top_p)
+    ratio = k / max(total - 1, 1)
+    heat = temperature_at(settings.temperature, settings.temperature_schedule, ratio)
+    logits = truncate(temper(logits, heat), settings.top_k, settings.top_p)
     shape = logits.shape[1:]
     # The published code draws even where only one token is left, so the noise must be drawn too.
     drawn = draw(logits, rng.exponential(shape, key=2 * k))
     if not settings.more_smooth:
         return drawn, tokenizer.embed(drawn)
-    ratio = k / max(total - 1, 1)
     gumbel = -rng.exponential(shape, key=2 * k + 1).log()
     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
     mixture = ((logits * (1 + ratio) + gumbel) / tau).softmax(-1)

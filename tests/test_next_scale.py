@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "constant guidance": {"guidance_scale": 4.0, "guidance_schedule": "constant"},
     "unguided": {"guidance_scale": 1.0},
     "truncated": {"top_k": 5, "top_p": 0.8, "temperature": 1.3},
+    "cooling": {"temperature": 0.6, "temperature_schedule": "linear"},
     "smooth": {"more_smooth": True, "top_k": 9},
 }
 
@@ -84,16 +85,22 @@ def test_an_oracle_is_decoded_exactly_and_reads_the_context(settings: dict[str, 
     torch.testing.assert_close(last.latent, tokenizer.latent(target), rtol=0, atol=1e-4)
 
 
-def test_tokens_are_the_race_over_teacher_forced_logits(tiny_pipeline: Pipeline) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "heats"),
+    [("constant", [1.3] * 4), ("linear", [1.0, 1.1, 1.2, 1.3]), ("sqrt", [1.0, 1.17321, 1.24495, 1.3])],
+)
+def test_tokens_are_the_race_over_teacher_forced_logits(
+    tiny_pipeline: Pipeline, schedule: str, heats: list[float]
+) -> None:
     """The whole loop against the slow way: logits of the full pass, guided, truncated, drawn scale by scale."""
-    chosen = {"guidance_scale": 3.0, "top_k": 9, "top_p": 0.9, "temperature": 1.2}
+    chosen = {"guidance_scale": 3.0, "top_k": 9, "top_p": 0.9, "temperature": 1.3, "temperature_schedule": schedule}
     labels, seeds = [2, 0], [4, 5]
     tokens = sample(tiny_pipeline, labels, seeds, **chosen).tokens
     cond, uncond = tiny_pipeline.logits(tokens, labels), tiny_pipeline.logits(tokens, None)
     noise = SampleStreams(seeds)
     for k, (c, u) in enumerate(zip(cond.split(LENGTHS, 1), uncond.split(LENGTHS, 1), strict=True)):
         guided = guide(c, u, 1 + 2.0 * k / (len(SCALES) - 1))
-        drawn = draw(truncate(temper(guided, 1.2), 9, 0.9), noise.exponential((LENGTHS[k], 16), key=2 * k))
+        drawn = draw(truncate(temper(guided, heats[k]), 9, 0.9), noise.exponential((LENGTHS[k], 16), key=2 * k))
         assert torch.equal(drawn, tokens[k])
 
 
@@ -414,6 +421,7 @@ def test_strange_labels_are_refused_too(tiny_pipeline: Pipeline, label: Any) -> 
         ({"top_p": 1.01}, r"top_p is 1\.01.*0\.0\.\.1\.0"),
         ({"top_p": -0.5}, r"top_p is -0\.5.*0\.0\.\.1\.0"),
         ({"top_p": None}, r"top_p is None"),
+        ({"temperature_schedule": "log"}, "temperature_schedule is 'log': use 'constant' or 'linear' or 'sqrt'"),
         ({"temperature": -1}, r"temperature is -1.*0\.0\.\.1000\.0"),
         ({"temperature": float("inf")}, r"temperature is inf.*0\.0\.\.1000\.0"),
         (
@@ -489,6 +497,7 @@ def test_settings_resolve_to_all_of_them_with_defaults(tiny_pipeline: Pipeline) 
         "top_k": 3,
         "top_p": 1.0,
         "temperature": 1.0,
+        "temperature_schedule": "constant",
         "more_smooth": False,
     }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vgen.pipelines.base import Labels, build_settings, check_readers
 from vgen.pipelines.grid import CodePipeline, check_recap
 from vgen.samplers.first_hitting import MASKED_SHARE, ancestral, ancestral_categorical, first_hitting
-from vgen.samplers.logits import share_guidance
+from vgen.samplers.logits import TEMPERATURE_SCHEDULES, share_guidance
 from vgen.samplers.masked import (
     SCHEDULES,
     MaskedSettings,
@@ -131,7 +131,7 @@ class MaskedPipeline(CodePipeline):
             "partial_steps": (0, MAX_TIME_STEPS),
         }
         choices = {
-            "temperature_schedule": ("constant", "linear", "sqrt"),
+            "temperature_schedule": TEMPERATURE_SCHEDULES,
             "mask_schedule": SCHEDULES,
             "noise_schedule": tuple(MASKED_SHARE),
         }

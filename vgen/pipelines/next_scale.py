@@ -11,6 +11,7 @@ from vgen.data import to_model_range, to_unit_range
 from vgen.pipelines.base import Labels, Pipeline, build_settings
 from vgen.pipelines.editing import keep_masks
 from vgen.pipelines.given import check_both, check_codes, check_given, check_left
+from vgen.samplers.logits import TEMPERATURE_SCHEDULES
 from vgen.samplers.next_scale import Dictation, NextScaleSettings, next_scale
 from vgen.types import Output, Rng, SettingError, Step
 
@@ -44,6 +45,8 @@ class NextScalePipeline(Pipeline):
             guidance_schedule: "linear" (from 1 at the first scale to s at the last, as published), "constant",
                 or a curve such as [0, 1, 0.5] (vgen.samplers.logits.read_schedule).
             top_k, top_p, temperature: truncation of each token's distribution; 0, 1 and 1 are off.
+            temperature_schedule: "constant", or from 1 at the first scale to `temperature` at the last: "linear",
+                "sqrt".
             more_smooth: VAR's demo option, feeding back soft mixtures of codes: smoother pictures, worse FID.
             tokens, known: given tokens of every scale, or of the first few: lists of (n_k,) or (B, n_k), and which of
                 them are kept, bool, likewise. The rest is drawn with the noise it has in any run of the seed.
@@ -114,7 +117,8 @@ class NextScalePipeline(Pipeline):
             "top_p": (0.0, 1.0),
             "temperature": (0.0, 1000.0),
         }
-        return build_settings(NextScaleSettings, self.config["settings"] | settings, bounds, {})
+        choices = {"temperature_schedule": TEMPERATURE_SCHEDULES}
+        return build_settings(NextScaleSettings, self.config["settings"] | settings, bounds, choices)
 
     def begin_edit(
         self, original: Tensor, painted: Tensor, class_labels: Labels, **settings: Any

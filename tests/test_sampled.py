@@ -132,6 +132,7 @@ CHANGES: list[dict[str, Any]] = [
     {"top_k": 3},
     {"top_p": 0.9},
     {"temperature": 0.9},
+    {"temperature_schedule": "linear"},
     {"more_smooth": True},
 ]
 

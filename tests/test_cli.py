@@ -108,6 +108,7 @@ def test_settings_reach_the_picture_and_its_request(run: Run, saved: Path) -> No
         "top_k": 5,
         "top_p": 0.9,
         "temperature": 0.7,
+        "temperature_schedule": "constant",
         "more_smooth": True,
     }
     assert (request.dtype, request.sampler, request.seeds) == ("bfloat16", "next-scale", [3])

@@ -46,8 +46,14 @@ class NextScaleTask(GeneratorTask):
     def training_loss(
         self, model: nn.Module, examples: Tensor, labels: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        self._follow(examples)
-        return next_scale_loss(model, self.tokenizer, examples, labels, self.config.self_correction, rng), {}
+        if self.config.self_correction:
+            self._follow(examples)
+            with torch.autocast(examples.device.type, enabled=False):
+                tokens, context = misread(self.tokenizer, examples, self.config.self_correction, rng)
+        else:
+            tokens, context = examples, self._context(examples)
+        logits = model(context, labels)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
 
     def test_losses(self, tokens: Tensor, labels: Tensor, first: int) -> dict[str, Tensor]:
         """Cross-entropy per token; the last scale's apart, as VAR's "tail"."""
@@ -77,29 +83,6 @@ class MVARTask(NextScaleTask):
     """M-VAR: the same loss, another transformer."""
 
     model_class = MVAR
-
-
-def next_scale_loss(
-    model: nn.Module, tokenizer: Any, examples: Tensor, labels: Tensor, self_correction: float, rng: torch.Generator
-) -> Tensor:
-    """Mean cross-entropy of all scales' tokens, each given the scales before it (2404.02905, equation 6): a scalar.
-
-    Args:
-        model: a VAR or MVAR, which may be wrapped for training.
-        tokenizer: its MultiScaleVQ, on the device of the examples.
-        examples: tokens (B, L); with self-correction, which needs more than tokens, images (B, C, S, S) in [-1, 1].
-        labels: class ids (B,).
-        self_correction: the largest share of tokens to `misread`; 0: none.
-        rng: of the CPU, for misreading.
-    """
-    with torch.no_grad(), torch.autocast(examples.device.type, enabled=False):
-        if self_correction:
-            tokens, context = misread(tokenizer, examples, self_correction, rng)
-        else:
-            lengths = [side * side for side in tokenizer.scales]
-            tokens, context = examples, tokenizer.context(examples.split(lengths, dim=1))
-    logits = model(context, labels)
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ class GeneratorTask(ABC):
             losses = self.test_losses(tokens, self.test_labels[rows].to(self.model.device), start)
             for name, values in losses.items():
                 found.setdefault(name, []).append(values)
-        figures = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        figures = {name: torch.cat(values).mean().item() for name, values in found.items()}
         if self.judge is None:
             return figures
         settings = {"guidance_scale": self.config.sample_guidance}

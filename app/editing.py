@@ -116,8 +116,9 @@ def seeds_from(seed: Any, versions: Any) -> list[int]:
     return [first + i for i in range(number)]
 
 
-def submit_edit(studio: Studio, owner: str, edit: Repaint) -> Job:
-    """Queue an edit; its steps are shown as they will be composited. Raises SettingError."""
+def submit_edit(studio: Studio, owner: str, edit: Repaint, lease: float | None = None) -> Job:
+    """Queue an edit, with a lease one that goes on only while it is watched; its steps are shown as they will be
+    composited. Raises SettingError."""
     run = Run(title=edit.model, request=edit_request(studio.models.get(edit.model), edit))
 
     def begin(pipeline: Any, request: Request) -> Iterator[Step]:
@@ -128,7 +129,10 @@ def submit_edit(studio: Studio, owner: str, edit: Repaint) -> Job:
     def show(pipeline: Any, step: Step) -> Tensor:
         return pipeline.blend_edit(edit.canvas.pixels, edit.mask, step)
 
-    job = studio.jobs.submit(owner, "edit", edit.model, lambda job: studio.carry_out(job, run, begin=begin, show=show))
+    def work(job: Job) -> Iterator[None]:
+        return studio.carry_out(job, run, begin=begin, show=show)
+
+    job = studio.jobs.submit(owner, "edit", edit.model, work, lease)
     job.view = run
     return job
 

@@ -21,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 WORKING = 2048  # pixels a side that a larger picture is reduced to
 EDITOR = 448  # pixels a side of the painting surface, about
 OPAQUE = 127  # alpha above which a stroke counts
+HALF = 127.5  # between black and white
 FITS = ("crop", "pad", "stretch")
 
 
@@ -103,6 +104,18 @@ def place(picture: Image.Image, size: int, placement: Placement) -> Canvas:
         raise SettingError("the picture lies beside the canvas: move it less")
     placed = pixels[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
     return Canvas(torch.from_numpy(placed.copy()).permute(2, 0, 1), torch.from_numpy(~inside))
+
+
+def place_with_mask(picture: Image.Image, mask: Image.Image, size: int) -> tuple[Canvas, Tensor]:
+    """The middle of a picture on a canvas of `size`, and where the mask beside it is white there, (S, S) bool.
+
+    Raises SettingError where the two differ in size.
+    """
+    if mask.size != picture.size:
+        (width, height), (wide, high) = mask.size, picture.size
+        raise SettingError(f"the mask is {width}x{height} pixels, the picture {wide}x{high}: make them the same")
+    placed = place(mask, size, Placement()).pixels
+    return place(picture, size, Placement()), placed.float().mean(0) > HALF
 
 
 def _placed_size(picture: tuple[int, int], size: int, placement: Placement) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`vgen studio`: the page, its named endpoints, and the server around them."""
+"""`vgen studio`: the page, and the server around it."""
 
 import contextlib
 import importlib.util
@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from vgen import __version__
 from vgen.app.compare import CompareTab
 from vgen.app.core import Studio
 from vgen.app.edit import EditTab
+from vgen.app.endpoints import add_endpoints
 from vgen.app.evaluate_tab import EvaluateTab
-from vgen.app.forms import Ask
 from vgen.app.generate import GenerateTab
 from vgen.app.history_tab import HistoryTab
 from vgen.app.inspect_tab import InspectTab
 from vgen.app.models_tab import ModelsTab
-from vgen.app.parts import PRIVATE, QUICK, WATCHING, describe_job, friendly, owner_of, run_of, visitor_token, watch
+from vgen.app.parts import PRIVATE, QUICK, WATCHING, visitor_token
 from vgen.app.pictures import MAX_PIXELS
 from vgen.app.uploads import MAX_BYTES
 from vgen.types import SettingError
@@ -35,7 +35,6 @@ from vgen.types import SettingError
 HERE = Path(__file__).parent
 MAX_FILE = "20mb"
 MAX_QUEUE = 64
-LEASE = 15.0  # seconds that a run of the API goes on without being watched
 CACHE = (3600, 24 * 3600)  # seconds: how often Gradio's copies are looked through, and how old they become
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
@@ -73,7 +72,7 @@ def build(studio: Studio) -> gr.Blocks:
                 tab.join(page, tabs, [generate, *others])
         entered = page.load(visitor_token, [visitor], [visitor], **QUICK)
         entered.then(generate.follow, [visitor, current], generate.shown, **WATCHING)
-        _endpoints(studio)
+        add_endpoints(studio)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     return page
 
@@ -181,87 +180,3 @@ def _secret(folder: Path) -> str:
     except FileExistsError:
         pass
     return path.read_text()
-
-
-def _endpoints(studio: Studio) -> None:
-    """What `gradio_client`, curl and MCP call by name; everything else of the page is private."""
-
-    async def generate(
-        model: str,
-        classes: list | None,
-        per_class: float,
-        seed: float,
-        sampler: str | None,
-        settings: dict | None,
-        request: gr.Request,
-    ) -> AsyncIterator[tuple[list[str] | None, Any, str]]:
-        """Sample images or videos from a model: the files made, the request that repeats them, and a status line.
-
-        Args:
-            model: a name that `models` lists.
-            classes: names or ids; null for every class, [] for none.
-            per_class: images of each class.
-            seed: of the first image; image i has seed + i.
-            sampler: one that `models` lists for the model; null for its first.
-            settings: of the sampler by name, such as {"guidance_scale": 3}.
-        """
-        owner = owner_of(None, request)
-        ask = Ask(
-            model=str(model),
-            classes=classes,
-            per_class=per_class,  # type: ignore[arg-type]  # checked there
-            seed=seed,  # type: ignore[arg-type]
-            sampler=sampler or None,
-            settings=settings or {},
-        )
-        job = studio.sample(
-            owner, ask, lease=LEASE
-        )  # not awaited: whoever cancels here would leave the run without an owner
-        try:
-            async for last in watch(job):
-                run = run_of(job)
-                text, _ = describe_job(studio, job, run)
-                if job.state == "failed":
-                    raise SettingError(job.error or "failed")
-                files = [str(path) for path in run.files] if last and run is not None else None
-                told = None if run is None or run.request is None else run.request.to_json()
-                yield files, told, text
-        finally:  # a client that cancels ends its run; where Gradio does not close this iterator, the lease does
-            studio.jobs.forget(job)
-
-    def models() -> list[dict[str, Any]]:
-        """The models here: name, samplers, class names, whether it makes videos, and its size."""
-        return [_summary(studio, name) for name in studio.models.names()]
-
-    hidden: dict[str, Any] = {"visible": False}  # each of them: what is visible in a hidden row is loaded all the same
-    with gr.Row(**hidden):
-        given = [
-            gr.Textbox(label="model", **hidden),
-            gr.JSON(label="classes", **hidden),
-            gr.Number(label="per_class", value=1, **hidden),
-            gr.Number(label="seed", value=0, **hidden),
-            gr.Textbox(label="sampler", **hidden),
-            gr.JSON(label="settings", **hidden),
-        ]
-        made = [
-            gr.File(label="files", file_count="multiple", **hidden),
-            gr.Textbox(label="request", **hidden),
-            gr.Textbox(label="status", **hidden),
-        ]
-        button = gr.Button(**hidden)
-        button.click(friendly(generate), given, made, api_name="generate", concurrency_limit=None)
-        listed = gr.JSON(label="models", **hidden)
-        button.click(friendly(models), None, [listed], api_name="models")
-
-
-def _summary(studio: Studio, name: str) -> dict[str, Any]:
-    told = studio.models.describe(name)
-    pipeline = studio.models.get(name)
-    return {
-        "name": name,
-        "samplers": list(pipeline.samplers),
-        "classes": told["classes"],
-        "videos": pipeline.makes_videos,
-        "parameters": told["parameters"],
-        "checkpoint": told["checkpoint"],
-    }

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from gradio_client import Client
+import torch
+from gradio_client import Client, handle_file
+from PIL import Image
 from studio_helpers import WAIT, make_studio
 
 from vgen.app.core import Studio
 from vgen.app.studio import build, launch
 from vgen.media import read_request
+
+LANCZOS = Image.Resampling.LANCZOS
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def wait_for(condition: Any) -> None:
 
 
 def test_only_named_endpoints_are_public(client: Client) -> None:
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/models"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/edit", "/models"}
     assert client.view_api(return_format="dict")["unnamed_endpoints"] == {}
 
 
@@ -56,9 +61,54 @@ def test_generating(client: Client, served: tuple[Studio, str]) -> None:
     assert told["class_labels"] == [1, 1] and told["settings"]["guidance_scale"] == 3 and "Done" in status
     pipeline = served[0].models.get("tiny")
     wanted = pipeline(["bee", "bee"], seeds=[5, 6], guidance_scale=3.0).images
-    from PIL import Image
-
     assert [Image.open(path).tobytes() for path in files] == [image.tobytes() for image in wanted]
+
+
+def picture_file(path: Path, size: tuple[int, int], white: tuple[int, int, int, int] | None = None) -> Any:
+    """A black picture with a white box, to be handed in."""
+    image = Image.new("L", size)
+    if white:
+        image.paste(255, white)
+    image.save(path)
+    return handle_file(path)
+
+
+def test_editing(client: Client, served: tuple[Studio, str], tmp_path: Path) -> None:
+    pipeline = served[0].models.get("tiny")
+    before = pipeline(["ant"], seeds=[1]).images[0]
+    before.resize((24, 24), Image.Resampling.NEAREST).save(tmp_path / "image.png")
+    mask = picture_file(tmp_path / "mask.png", (24, 24), (12, 0, 24, 24))  # the right half
+    arguments = ("tiny", handle_file(tmp_path / "image.png"), mask, "bee", 2, 7, None, {"guidance_scale": 2})
+    files, request, status = client.predict(*arguments, api_name="/edit")
+    told = json.loads(request)
+    assert told["class_labels"] == [1, 1] and told["seeds"] == [7, 8] and told["settings"]["guidance_scale"] == 2
+    assert "50% of the pixels" in told["origin"] and "Done" in status
+    right = torch.zeros(8, 8, dtype=torch.bool)
+    right[:, 4:] = True
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "image.png").convert("RGB").resize((8, 8), LANCZOS)))
+    wanted = pipeline.edit(pixels.permute(2, 0, 1), right, [1, 1], seeds=[7, 8], guidance_scale=2.0).images
+    assert [Image.open(path).tobytes() for path in files] == [image.tobytes() for image in wanted]
+    assert wanted[0].tobytes() != wanted[1].tobytes() != before.tobytes()
+
+
+def test_bad_edits_are_one_line(client: Client, tmp_path: Path) -> None:
+    image = picture_file(tmp_path / "image.png", (8, 8))
+    whole = picture_file(tmp_path / "whole.png", (8, 8), (0, 0, 8, 8))
+    small = picture_file(tmp_path / "small.png", (4, 8), (0, 0, 4, 8))
+    (tmp_path / "text.png").write_text("no picture")
+    for arguments, says in (
+        (("nonsense", image, whole, 0, 1, 0, None, {}), "there is no model"),
+        (("tiny", image, None, 0, 1, 0, None, {}), "needs an image and a mask"),
+        (("tiny", image, small, 0, 1, 0, None, {}), "mask is 4x8 pixels, the picture 8x8"),
+        (("tiny", image, image, 0, 1, 0, None, {}), "nothing is marked"),
+        (("tiny", handle_file(tmp_path / "text.png"), whole, 0, 1, 0, None, {}), "no picture that can be read"),
+        (("tiny", image, whole, "dog", 1, 0, None, {}), "unknown class"),
+        (("tiny", image, whole, 0, 99, 0, None, {}), "whole number in 1..16"),
+        (("tiny", image, whole, 0, 1, 0, None, [1]), "settings must be an object"),
+    ):
+        with pytest.raises(Exception, match=says) as error:
+            client.predict(*arguments, api_name="/edit")
+        assert "Traceback" not in str(error.value)
 
 
 def test_models_are_listed(client: Client) -> None:

@@ -51,6 +51,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
+        """Of the row that has most."""
         return self.counts.shape[1]
 
     @property

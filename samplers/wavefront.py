@@ -37,6 +37,7 @@ class Front:
 
     @property
     def busy(self) -> bool:
+        """Whether any row has tokens left."""
         return any(done < self.run.positions for done in self.done)
 
     def grow(self, most: int, headway: int) -> None:
@@ -101,6 +102,7 @@ class Front:
         self.width[row] -= committed
 
     def step(self, index: int) -> Step:
+        """Where all rows are after evaluation number `index`, drafts included."""
         run = self.run
         drafts = torch.full((run.batch, run.number), -1)
         drafts[:, : run.number - 1] = self.inputs[:, 1 - run.shift :]
@@ -116,6 +118,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, run: Run) -> "Memory":
+        """An empty one, with room for all of a run."""
         like = run.begin(torch.zeros(run.batch, 1, dtype=torch.int64))
         shape = (len(like), run.positions + 1, like.shape[2])
         return cls(like.new_zeros(shape), like.new_zeros(shape))

@@ -52,10 +52,12 @@ class Emoji:
 
     @property
     def text(self) -> str:
+        """The emoji itself."""
         return "".join(map(chr, self.codes))
 
     @property
     def tones(self) -> frozenset[int]:
+        """Code points of the skin tones in it."""
         return frozenset(code for code in self.codes if code in TONES)
 
     @property

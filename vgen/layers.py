@@ -28,6 +28,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` by way of `linear`."""
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        """(..., in) -> (..., out), with GELU (its tanh form) on request."""
         return linear(input, self.weight, self.bias, gelu)
 
 
@@ -94,4 +95,5 @@ class KVCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def advance(self, count: int) -> None:
+        """Count tokens as kept, once every layer has stored them."""
         self.length += count

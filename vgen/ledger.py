@@ -54,9 +54,11 @@ class Shard:
 
     @property
     def manifest(self) -> str:
+        """The name of its list of what is done."""
         return f"manifest{self.infix}.jsonl"
 
     def takes(self, index: int) -> bool:
+        """Whether item `index` of the run is its to make."""
         return index % self.count == self.index
 
 
@@ -141,6 +143,7 @@ def read_all(folder: Path) -> list[Line]:
 
 
 def manifests(folder: Path) -> list[Path]:
+    """The lists of what is done in a folder, of a whole run or of its parts; none where there is no such folder."""
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.glob("manifest*.jsonl"))

@@ -274,6 +274,7 @@ def write_npz(path: Path, pixels: Iterator[bytes], shape: tuple[int, ...], label
 
 
 def blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file from where it is read to its end, a megabyte at a time."""
     while block := file.read(BLOCK):
         yield block
 

@@ -38,6 +38,7 @@ class FeatureStore:
         self.folder = folder
 
     def path(self, space: str, key: str) -> Path:
+        """Where the tensors of a key are kept, or would be."""
         return self.folder / space / key[:2] / f"{key}.safetensors"
 
     def load(self, space: str, key: str) -> dict[str, Tensor] | None:
@@ -60,6 +61,7 @@ class FeatureStore:
         return False
 
     def save(self, space: str, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a key; the file is there whole or not at all."""
         with atomic_file(self.path(space, key)) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
 

@@ -22,6 +22,7 @@ class Report:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, value: float, protocol: dict[str, Any]) -> None:
+        """Enter a figure, and how it was obtained."""
         self.metrics[name] = value
         self.protocols[name] = protocol
 
@@ -71,6 +72,7 @@ class Report:
         return json.dumps(content, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
         with atomic_file(path) as partial:
             partial.write_text(self.to_json())
 

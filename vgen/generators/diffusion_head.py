@@ -87,6 +87,7 @@ def time_features(times: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normed features (M, W) scaled by 1 + scale and shifted, both (M, W): adaptive layer norm (DiT, 2212.09748)."""
     return x * (1 + scale) + shift
 
 

@@ -31,6 +31,7 @@ class FrameRuns:
 
     @property
     def tokens(self) -> int:
+        """Of all runs together."""
         return sum(self.sizes)
 
     def until(self, count: int) -> "FrameRuns":

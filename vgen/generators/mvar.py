@@ -30,6 +30,7 @@ class ScanCache:
         self.states, self.columns, self.length = states, columns, 0
 
     def advance(self, count: int) -> None:
+        """Count tokens as seen, once every block has dealt with them."""
         self.length += count
 
 
@@ -213,6 +214,7 @@ class MVAR(NextScaleTransformer):
 
     @torch.no_grad()
     def init_weights(self, gate: float = 1e-3) -> None:
+        """Fresh weights as VAR has them (`NextScaleTransformer.init_weights`), and those of Mamba-2."""
         super().init_weights(gate)
         for block in self.blocks:
             block.mamba.init_weights()

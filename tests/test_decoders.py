@@ -86,6 +86,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(data: Path, trained:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_samples_are_drawn_with_the_settings_asked_for(data: Path, trained: Path) -> None:
+    settings = {"temperature": 0.5, "guidance_scale": 1.5}  # the latter wins over sample_guidance
+    task: Any = build_task(decoder_config(data, trained, sample_settings=settings))
+    drawn = [flat_tokens(task.pipeline([3], seeds=[1_000_000_003], **each).tokens)[0] for each in (settings, {})]
+    assert torch.equal(drawn[0], torch.from_numpy(task.samples[3])) and not torch.equal(*drawn)
+    with pytest.raises(SettingError, match="temperature"):
+        build_task(decoder_config(data, trained, sample_settings={"temperature": -1}))
+
+
 def test_it_learns_from_images_and_from_the_models_own_samples(data: Path, trained: Path) -> None:
     task: Any = build_task(decoder_config(data, trained))
     assert isinstance(task, DecoderTask) and task.samples.shape == (24, task.tokens.shape[1])

@@ -73,7 +73,7 @@ class TrainingConfig:
     save_every: int = 500
     keep: int = 2
     sample_guidance: float = 2.5
-    sample_settings: dict[str, Any] = field(default_factory=dict)  # become the model's defaults
+    sample_settings: dict[str, Any] = field(default_factory=dict)  # become the model's defaults; decoder: only draw
     video: dict[str, Any] = field(default_factory=dict)  # "far": see vgen.training.next_frame.VideoTraining
     loop: dict[str, Any] = field(default_factory=dict)  # "recurrent": see vgen.training.recurrent.LoopTraining
     license: str = "apache-2.0"
@@ -112,8 +112,8 @@ class TrainingConfig:
             raise SettingError(
                 f"image_size is {self.image_size}: a classifier needs at least 8, as --set image_size=28"
             )
-        if self.sample_settings and self.kind != "generator":
-            raise SettingError(f"sample_settings serve generators, not a {self.kind}: leave them out")
+        if self.sample_settings and self.kind not in ("generator", "decoder"):
+            raise SettingError(f"sample_settings serve generators and decoders, not a {self.kind}: leave them out")
         if self.video and self.family != "far":
             raise SettingError(f"video settings serve the family 'far', not {self.family!r}: leave them out")
         if self.loop and self.family != "recurrent":

@@ -90,13 +90,14 @@ class DecoderTask:
 
     def _draw(self) -> np.ndarray:
         """Tokens of the model's samples (N, L), its classes in turn."""
-        found, guidance = [], self.config.sample_guidance
+        found = []
+        settings = {"guidance_scale": self.config.sample_guidance} | self.config.sample_settings
         with progress(self.config.samples, f"samples of {self.config.init_from}", "images") as shown:
             for start in range(0, self.config.samples, DRAWN_TOGETHER):
                 rows = range(start, min(start + DRAWN_TOGETHER, self.config.samples))
                 labels = [row % self.pipeline.null_class for row in rows]
                 seeds = [FIRST_SEED + row for row in rows]
-                made = self.pipeline(labels, seeds=seeds, guidance_scale=guidance, output_type="latent")
+                made = self.pipeline(labels, seeds=seeds, output_type="latent", **settings)
                 found.append(flat_tokens(made.tokens).cpu().numpy())
                 shown.advance(len(rows))
         return np.concatenate(found)

@@ -196,6 +196,29 @@ def test_files_that_nobody_may_read(served: tuple[Studio, str]) -> None:
     assert (studio.folder / ".secret").stat().st_mode & 0o077 == 0
 
 
+def call(url: str, name: str, data: list[Any]) -> str:
+    """What an endpoint answers to a request by hand, as a stream of events."""
+    address = f"{url.rstrip('/')}/gradio_api/call/{name}"
+    headers = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(address, json.dumps({"data": data}).encode(), headers)
+    with urllib.request.urlopen(asked, timeout=WAIT) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{address}/{event}", timeout=WAIT) as answer:
+        return answer.read().decode()
+
+
+def test_an_edit_reads_only_files_that_were_handed_in(
+    served: tuple[Studio, str], client: Client, tmp_path: Path
+) -> None:
+    whole = picture_file(tmp_path / "whole.png", (8, 8), (0, 0, 8, 8))
+    before = set(served[0].folder.rglob("*.png"))
+    here = {"path": str(tmp_path / "whole.png"), "meta": {"_type": "gradio.FileData"}}
+    answer = call(served[1], "edit", ["tiny", here, here, None, 1, 0, None, {}])
+    assert "event: error" in answer and "event: complete" not in answer
+    assert set(served[0].folder.rglob("*.png")) == before
+    assert client.predict("tiny", whole, whole, None, 1, 0, None, {}, api_name="/edit")[0]  # the same file, handed in
+
+
 def test_many_requests_and_cancellations_leave_nothing_behind(served: tuple[Studio, str], tmp_path: Path) -> None:
     """50 requests in the queue, 20 of them cancelled."""
     studio, url = served

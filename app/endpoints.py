@@ -9,7 +9,7 @@ import gradio as gr
 
 from vgen.app.core import Studio
 from vgen.app.editing import Repaint, grid_side, submit_edit
-from vgen.app.forms import Ask
+from vgen.app.forms import Ask, named
 from vgen.app.jobs import Job
 from vgen.app.parts import describe_job, friendly, owner_of, run_of, watch
 from vgen.app.pictures import place_with_mask, read_working
@@ -78,8 +78,6 @@ def add_endpoints(studio: Studio) -> None:
         """
         if not image or not mask:
             raise SettingError("an edit needs an image and a mask: give two picture files")
-        if not isinstance(settings or {}, dict):
-            raise SettingError("settings must be an object of names and values")
         pipeline = studio.models.get(str(model))
         grid_side(pipeline)
         canvas, marked = place_with_mask(
@@ -93,7 +91,7 @@ def add_endpoints(studio: Studio) -> None:
             seed=seed,  # type: ignore[arg-type]  # checked there
             versions=versions,  # type: ignore[arg-type]
             sampler=sampler or None,
-            settings=settings or {},
+            settings=named(settings or {}),
         )
         async with aclosing(_follow(studio, submit_edit(studio, owner_of(None, request), repaint, LEASE))) as states:
             async for state in states:

@@ -45,6 +45,13 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def named(settings: Any) -> dict[str, Any]:
+    """Settings as a dictionary. Raises SettingError for what has no names."""
+    if not isinstance(settings, Mapping):
+        raise SettingError("settings must be an object of names and values")
+    return dict(settings)
+
+
 def to_request(pipeline: Any, ask: Ask, context: Any = None) -> Request:
     """The request that an Ask stands for; `context` is a clip that videos go on from.
 
@@ -60,9 +67,7 @@ def to_request(pipeline: Any, ask: Ask, context: Any = None) -> Request:
             f"{number} samples were asked for, the studio makes at most {most} at once: take fewer classes or images, "
             "or use 'vgen sample'"
         )
-    if not isinstance(ask.settings, Mapping):
-        raise SettingError("settings must be an object of names and values")
-    settings = dict(ask.settings)
+    settings = named(ask.settings)
     given = settings | ({} if context is None else {"context": context})
     sampler = pipeline.resolve_sampler(ask.sampler)
     check_bounds(pipeline, given, sampler)

@@ -247,5 +247,6 @@ def test_the_preset_is_a_possible_model() -> None:
 def test_wrong_sample_settings_are_refused_before_training(make: Make) -> None:
     with pytest.raises(SettingError, match="unknown setting 'heat'"):
         build_task(make(sample_settings={"heat": 2}))
-    with pytest.raises(SettingError, match="sample_settings serve generators and decoders, not a classifier"):
+    says = "sample_settings serve generators and decoders, not a classifier: leave them out"
+    with pytest.raises(SettingError, match=says):
         make(kind="classifier", image_size=8, sample_settings={"steps": 2})
